@@ -1,0 +1,360 @@
+"""Use a student and score it: predictions, accuracy, rationales, at any world size.
+
+    python eval.py runs/NAME/best --dataset svamp --split test
+    python eval.py runs/NAME/best --predict inputs.jsonl --explain
+
+This file owns loading a student folder, prediction, scoring and `predictions.jsonl`. It knows
+nothing of optimizers or training state.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from data import (
+    Example,
+    Tokenizer,
+    UserError,
+    get_task,
+    is_correct,
+    load_dataset,
+    parse_completion,
+)
+from dsbs import METHODS, PREFIXES, RATIONALE, make_source
+from t5 import T5
+
+STUDENT = T5  # a fork puts its own class here: nothing else names the architecture
+
+LABEL_TOKENS, RATIONALE_TOKENS = 64, 256  # greedy decoding; the released code's 64 cuts rationales
+MAX_SOURCE = 1024  # Appendix A.1
+
+
+# ----------------------------------------------------------------------------- processes
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print0(*words: Any, file=None) -> None:
+    """Prints on rank 0 alone, past a progress bar if there is one."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(" ".join(map(str, words)), file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """`cpu`, `cuda`, `cuda:N` or None for the best there is; under torchrun LOCAL_RANK's GPU."""
+    allowed = "allowed: cpu" + (", cuda, cuda:N" if torch.cuda.is_available() else
+                                " (this torch finds no CUDA device)")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is unknown; {allowed}") from None
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(f"--device {name!r} is not available; {allowed}")
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """The process group of torchrun's environment, if there is one: NCCL on GPUs, gloo on CPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------- a student folder
+
+
+@dataclass
+class Student:
+    """A trained model with what is needed to ask it: `dsbs.json` of its folder."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    method: str
+    prefixes: str
+    dataset: str  # whose answer form and scorer it learnt
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "fp32"
+
+
+def load_model(folder: Path) -> nn.Module:
+    """STUDENT.from_pretrained with its complaints turned into a UserError."""
+    try:
+        return STUDENT.from_pretrained(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def load_student(folder: str | os.PathLike, device: torch.device, precision: str) -> Student:
+    """From `runs/NAME/best`: model, vocabulary and `dsbs.json`. UserError says what is missing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give a student such as runs/NAME/best")
+    for name in ("dsbs.json", "config.json", "spiece.model"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} is not a student: {name} is missing; a folder written by train.py, "
+                "such as runs/NAME/best, has dsbs.json, config.json, spiece.model and the weights"
+            )
+    try:
+        about = json.loads((folder / "dsbs.json").read_text())
+        method, prefixes, dataset = about["method"], about["prefixes"], about["dataset"]
+        if method not in METHODS or prefixes not in PREFIXES:
+            raise ValueError(f"unknown method {method!r} or prefixes {prefixes!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'dsbs.json'} is damaged: {error!r}") from None
+    tokenizer = Tokenizer(folder / "spiece.model")
+    model = load_model(folder).to(device)
+    return Student(model, tokenizer, method, prefixes, dataset, device, precision)
+
+
+# ---------------------------------------------------------------------------------- prediction
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 matrix products on fp32 weights, or nothing for fp32. The cache of cast weights is off:
+    it would hold a second copy of the model from one micro-batch to the next."""
+    return torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+    )
+
+
+def generate_texts(
+    student: Student,
+    sources: list[str | tuple[str, ...]],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> list[str]:
+    """One greedy completion per source, in the order given, on every rank.
+
+    Sources are sorted by length into batches and the batches dealt to the ranks, so that each
+    source is decoded once; all ranks run the same number of batches (a spare one is one dummy
+    row), so that a sharded model can be asked too.
+    """
+    rank, world = rank_and_world()
+    ids = [student.tokenizer.encode(source, max_length=MAX_SOURCE) for source in sources]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches += [[] for _ in range(-len(batches) % world)]
+    model, device, mine = student.model, student.device, {}
+    was_training = model.training
+    model.eval()
+    bar = tqdm(
+        batches[rank::world], desc=progress, leave=False,
+        disable=rank > 0 or not progress or not sys.stderr.isatty(),
+    )
+    for batch in bar:
+        rows = [ids[i] for i in batch] or [[student.tokenizer.eos_id]]
+        input_ids = np.full((len(rows), max(map(len, rows))), student.tokenizer.pad_id)
+        for row, source in zip(input_ids, rows):
+            row[: len(source)] = source
+        mask = np.arange(input_ids.shape[1]) < np.array([len(r) for r in rows])[:, None]
+        with autocast(device, student.precision):
+            tokens = model.generate(
+                torch.from_numpy(input_ids).to(device),
+                torch.from_numpy(mask.astype(np.int64)).to(device),
+                max_new_tokens=max_new_tokens,
+            )
+        for i, row in zip(batch, tokens.tolist()):
+            mine[i] = student.tokenizer.decode(row)
+    model.train(was_training)
+    parts = [mine]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    texts = {i: text for part in parts for i, text in part.items()}
+    assert len(texts) == len(sources), "each source is decoded exactly once"
+    return [texts[i] for i in range(len(sources))]
+
+
+def predict(
+    student: Student, examples: list[Example], explain: bool = False, progress: str | None = None
+) -> list[dict]:
+    """{"id", "prediction"} for each example, with "rationale" too if asked to explain.
+
+    A single-task student's text is parsed into rationale and label; where it holds no answer
+    the prediction is empty, never a guess.
+    """
+    if explain and not METHODS[student.method].explains:
+        able = ", ".join(name for name, method in METHODS.items() if method.explains)
+        raise UserError(
+            f"--explain: this student was trained with {student.method}, which teaches no "
+            f"rationales; allowed: students of {able}"
+        )
+    single = student.method == "single-task"
+    sources = [make_source(e, student.method, student.prefixes) for e in examples]
+    new_tokens = RATIONALE_TOKENS if single else LABEL_TOKENS
+    texts = generate_texts(student, sources, new_tokens, progress=progress)
+    rationales = [None] * len(texts)
+    if single:
+        parsed = [parse_completion(student.dataset, t) or (t, "") for t in texts]
+        rationales, texts = [r for r, _ in parsed], [label for _, label in parsed]
+    elif explain:
+        sources = [make_source(e, student.method, student.prefixes, RATIONALE) for e in examples]
+        rationales = generate_texts(student, sources, RATIONALE_TOKENS, progress=progress)
+    rows = [{"id": e.id, "prediction": text} for e, text in zip(examples, texts)]
+    if explain:
+        for row, rationale in zip(rows, rationales):
+            row["rationale"] = rationale
+    return rows
+
+
+# ------------------------------------------------------------------------------------- scoring
+
+
+def gold_labels(examples: list[Example]) -> tuple[str, list[str | None]]:
+    """What to score a split on: ("human", labels) where it has any, else ("teacher", labels)."""
+    kind = "human" if any(e.label is not None for e in examples) else "teacher"
+    return kind, [e.label if kind == "human" else e.teacher_label for e in examples]
+
+
+def evaluate(
+    student: Student, examples: list[Example], explain: bool = False, progress: str | None = None
+) -> tuple[dict, list[dict]]:
+    """Predicts a split and scores it.
+
+    Returns ({"accuracy", "n", "labels"}, rows of `predictions.jsonl` in the examples' order).
+    `labels` says whose labels were the measure; examples that have none of these are not counted.
+    """
+    kind, gold = gold_labels(examples)
+    scored = [label is not None for label in gold]
+    if not any(scored):
+        raise UserError("no example has a label, neither human nor the teacher's: nothing to score")
+    rows = predict(student, examples, explain, progress)
+    for row, label in zip(rows, gold):
+        row["correct"] = label is not None and is_correct(student.dataset, row["prediction"], label)
+    accuracy = sum(row["correct"] for row in rows) / sum(scored)
+    return {"accuracy": accuracy, "n": sum(scored), "labels": kind}, rows
+
+
+def rationale_source(
+    names: list[str] | None, dataset: str, needed: bool
+) -> str | list[str] | None:
+    """What `load_dataset` shall join to a split. Named with --rationales: that. Else, and only if
+    the method needs rationales: the released completions for the four benchmarks; a folder (and
+    the demo) carries its own."""
+    if names:
+        return names[0] if names[0] in ("palm", "neox", "human") and len(names) == 1 else names
+    return "palm" if needed and dataset in ("svamp", "cqa", "esnli", "anli1") else None
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """One object a line; written beside and renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(beside, path)
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def read_inputs(path: str) -> list[Example]:
+    """Inputs to predict, from a file or `-` for standard input: JSON lines ({"input": str or
+    [str, str], "id" and "rationale" optional) if the first line is an object, else a text a line.
+    An input without an id gets its line number, from 1."""
+    try:
+        lines = (sys.stdin if path == "-" else open(path, encoding="utf-8")).read().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--predict {path}: {error}; allowed: a UTF-8 text file, or -") from None
+    numbered = [(i, line.rstrip("\r")) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered or not numbered[0][1].lstrip().startswith("{"):
+        return [Example(str(i), line, None) for i, line in numbered]
+    examples = []
+    for i, line in numbered:
+        try:
+            row = json.loads(line)
+            text = row["input"]
+            text = tuple(text) if isinstance(text, list) else text
+            if not (isinstance(text, str) or [type(t) for t in text] == [str, str]):
+                raise TypeError("input is neither a string nor a pair of strings")
+            examples.append(Example(str(row.get("id", i)), text, None, row.get("rationale")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f'{path}:{i}: {error!r}; expected {{"input": "..."}} or {{"input": ["...", "..."]}}'
+            ) from None
+    return examples
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("student", help="a student folder, such as runs/NAME/best")
+    add("--dataset", help="default: the one it was trained on")
+    add("--split", default="test", choices=("train", "valid", "test"))
+    add("--data-root", default="datasets")
+    add("--rationales", nargs="+", help="palm, neox, human or teacher files (for rationale-input)")
+    add("--predict", metavar="FILE", help="predict these inputs (JSON or plain lines; - for stdin)")
+    add("--explain", action="store_true", help="generate rationales too")
+    add("--out", metavar="FILE", help="default: predictions.jsonl in the student folder")
+    add("--device")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, fp32 on CPU")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    student = load_student(args.student, device, precision)
+    if args.predict:
+        rows = predict(student, read_inputs(args.predict), args.explain, progress="predict")
+        for row in rows:
+            print0(json.dumps(row, ensure_ascii=False))
+        return
+    dataset = args.dataset or student.dataset
+    get_task(dataset)
+    rationales = rationale_source(args.rationales, dataset, student.method == "rationale-input")
+    examples = load_dataset(dataset, args.split, args.data_root, rationales)
+    student.dataset = dataset
+    summary, rows = evaluate(student, examples, args.explain, progress=args.split)
+    out = Path(args.out) if args.out else Path(args.student) / "predictions.jsonl"
+    if rank_and_world()[0] == 0:
+        write_jsonl(out, rows)
+    about = {"student": args.student, "dataset": dataset, "split": args.split}
+    print0(json.dumps({**about, **summary, "predictions": str(out)}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 2, with one line, for a user's mistake."""
+    args = parse_args(argv)
+    try:
+        device = choose_device(args.device)
+        with processes(device):
+            run(args, device)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,850 @@
+"""Train a student: `python train.py`, or `torchrun --nproc_per_node=16 train.py --size xxl`.
+
+This file owns the run's configuration, process groups, the optimizer and its schedule, the loop,
+checkpoints and exact resume. It knows nothing of prompts or scoring rules.
+
+A step: N examples -> their rows -> micro-batches of similar length, dealt to the ranks ->
+loss (Eq. 3), already divided by the whole step's target tokens -> one clipped AdamW step.
+
+What makes a resumed run equal to an uninterrupted one, bit for bit: the data order is a function
+of (seed, step), dropout of (seed, step, rank), and a saved state holds weights, AdamW's moments,
+the best accuracy so far and the number of threads. It is written beside, in a folder of its own,
+and taken into use by replacing one small file.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import eval as evaluation
+from data import (
+    TASKS,
+    Example,
+    Tokenizer,
+    TokenRows,
+    UserError,
+    collate,
+    data_files,
+    get_task,
+    has_split,
+    is_correct,
+    load_dataset,
+    micro_batches,
+    step_examples,
+    tokenize_rows,
+)
+from dsbs import METHODS, PREFIXES, make_rows, multitask_loss, wanted_label
+from eval import (
+    Student,
+    autocast,
+    choose_device,
+    gold_labels,
+    load_model,
+    print0,
+    processes,
+    rank_and_world,
+    rationale_source,
+    write_jsonl,
+)
+from t5 import PRESETS, T5Config, shift_right, write_json
+
+HERE = Path(__file__).parent
+DEMO_VOCABULARY = HERE / "demo" / "spiece.model"
+MAX_TARGET = 256  # the released code's cut
+
+# Appendix A.1; small and xl are not in the paper and take their neighbours' recipe. micro_batch
+# is rows in one forward on one device, the only line here that does not change the result.
+PAPER = dict(lr=5e-5, batch_size=64, steps=10_000, eval_every=250, micro_batch=16)
+PAPER_XXL = dict(lr=5e-5, batch_size=32, steps=4_000, eval_every=250, micro_batch=4)
+RECIPES = {
+    "tiny": dict(lr=2e-3, batch_size=32, steps=700, eval_every=50, micro_batch=64),
+    "small": PAPER,
+    "base": PAPER,
+    "large": PAPER,
+    "xl": PAPER_XXL,
+    "xxl": PAPER_XXL,
+}
+
+
+# ------------------------------------------------------------------------------- configuration
+
+
+@dataclass
+class Config:
+    """A run, resolved: what `run.json` keeps. None is filled in by `resolve`."""
+
+    size: str = "tiny"
+    weights: str | None = None  # a Hugging Face folder, or "random"
+    dataset: str | None = None
+    data_root: str = "datasets"
+    method: str = "step-by-step"
+    labels: str = "human"
+    rationales: str | list[str] | None = None
+    prefixes: str = "paper"
+    fraction: float = 1.0  # of the training examples
+    steps: int | None = None
+    batch_size: int | None = None  # examples in an optimizer step, over all processes
+    lr: float | None = None
+    lam: float = 1.0  # lambda of Eq. 3
+    dropout: float = 0.1
+    seed: int = 0
+    eval_every: int | None = None
+    device: str | None = None
+    precision: str | None = None
+    # These may change when a run is resumed: they do not change what it computes.
+    save_every: int | None = None
+    micro_batch: int | None = None
+    parallel: str | None = None
+
+
+MAY_CHANGE = {"save_every", "micro_batch", "parallel"}
+
+
+def one_of(flag: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise UserError(f"--{flag} {value!r} is unknown; allowed: {', '.join(allowed)}")
+
+
+def resolve(config: Config) -> Config:
+    """Fills in what follows from the rest and checks it; UserError for what cannot be run."""
+    c = Config(**asdict(config))
+    one_of("size", c.size, PRESETS)
+    one_of("method", c.method, METHODS)
+    one_of("labels", c.labels, ("human", "teacher"))
+    one_of("prefixes", c.prefixes, PREFIXES)
+    c.weights = c.weights or ("random" if c.size == "tiny" else f"weights/t5-v1_1-{c.size}")
+    c.dataset = c.dataset or ("demo" if c.size == "tiny" else "esnli")
+    get_task(c.dataset)
+    if c.dataset == "asdiv":
+        raise UserError("--dataset asdiv has no labels and no test split; it can only augment svamp")
+    if isinstance(c.rationales, str):
+        c.rationales = [c.rationales]
+    uses = c.method != "standard" or c.labels == "teacher"
+    c.rationales = rationale_source(c.rationales, c.dataset, uses)
+    for name, value in RECIPES[c.size].items():
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+    c.save_every = c.save_every or c.eval_every
+    device = choose_device(c.device)
+    c.device = device.type
+    c.precision = c.precision or ("bf16" if device.type == "cuda" else "fp32")
+    one_of("precision", c.precision, ("fp32", "bf16"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    c.parallel = c.parallel or ("ddp" if world > 1 else "none")
+    one_of("parallel", c.parallel, ("none", "ddp"))
+    if c.parallel == "none" and world > 1:
+        raise UserError(f"--parallel none with {world} processes would train {world} models; "
+                        "allowed: ddp")
+    for name in ("steps", "batch_size", "eval_every", "save_every", "micro_batch"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    if c.seed < 0:
+        raise UserError(f"--seed {c.seed}: must not be negative")
+    bounds = {  # also refuses NaN
+        "fraction": (0 < c.fraction <= 1, "above 0 and at most 1"),
+        "lr": (0 < c.lr < math.inf, "a positive number"),
+        "lam": (0 <= c.lam < math.inf, "0 or a positive number"),
+        "dropout": (0 <= c.dropout < 1, "at least 0 and below 1"),
+    }
+    for name, (fine, allowed) in bounds.items():
+        if not fine:
+            raise UserError(f"--{name} {getattr(c, name)}: must be {allowed}")
+    return c
+
+
+def run_name(c: Config) -> str:
+    """`runs/` folder named after the settings: the few that are always there, then each that
+    differs from what would have been chosen without it."""
+    default = resolve(Config(size=c.size, dataset=c.dataset, method=c.method, labels=c.labels))
+    parts = [Path(c.dataset).name, c.size, c.method, c.labels]
+    skip = MAY_CHANGE | {"size", "dataset", "method", "labels", "seed", "data_root", "device"}
+    for field in fields(c):
+        value = getattr(c, field.name)
+        if field.name not in skip and value != getattr(default, field.name):
+            value = "+".join(value) if isinstance(value, list) else str(value)
+            parts.append(field.name.replace("_", "-") + "-" + Path(value).name)
+    return "runs/" + "_".join([*parts, f"seed-{c.seed}"])
+
+
+def command(c: Config, out: str, resume: bool = False) -> str:
+    """The command line that starts this run again."""
+    words = ["python", "train.py"]
+    default = Config()
+    for field in fields(c):
+        value = getattr(c, field.name)
+        if value != getattr(default, field.name) and field.name not in MAY_CHANGE:
+            words += ["--" + field.name.replace("_", "-")]
+            words += map(str, value if isinstance(value, list) else [value])
+    return shlex.join([*words, "--out", out, *(["--resume"] if resume else [])])
+
+
+# --------------------------------------------------------------------------------- run folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Rank 0 holds the folder for the life of the run; the system lets go even after SIGKILL."""
+    if rank_and_world()[0] > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder} is in use by another process; wait for it, or give another --out"
+            ) from None
+        yield
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of a weights folder's config, vocabulary, index and safetensors headers (names,
+    shapes and offsets: the whole of an 11B model would take minutes to read)."""
+    hashes = {}
+    for path in sorted(folder.glob("*")):
+        if path.suffix == ".safetensors":
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                hashes[path.name] = hashlib.sha256(file.read(min(size, 1 << 27))).hexdigest()
+        elif path.name in ("config.json", "spiece.model") or path.name.endswith(".index.json"):
+            hashes[path.name] = sha256(path)
+    return hashes
+
+
+def provenance(c: Config) -> dict:
+    """All that decides a run's result besides its configuration: data, weights, code, versions."""
+    splits = [s for s in ("train", "valid", "test") if s != "test" or has_split(c.dataset, s, c.data_root)]
+    paths = {p for s in splits for p in data_files(c.dataset, s, c.data_root, split_rationales(c, s))}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    random = c.weights == "random"
+    return {
+        "data_sha256": {str(p): sha256(p) for p in sorted(paths)},
+        "weights_sha256": {"spiece.model": sha256(DEMO_VOCABULARY)} if random
+        else weights_hashes(Path(c.weights)),
+        "git_sha": git.stdout.strip() or None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__},
+    }
+
+
+def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
+    """Claims the run folder: writes `run.json`, or checks that the one there is of this run.
+
+    Returns the result of a finished run, else None. UserError if the folder holds another run,
+    or an unfinished one without --resume.
+    """
+    path = out / "run.json"
+    if not path.exists():
+        others = sorted(p.name for p in out.iterdir() if p.name != ".lock")
+        if others:
+            raise UserError(f"{out} is not a run but holds {others[0]!r}; give another --out")
+        write_json(path, {"config": asdict(c), **about, "command": command(c, str(out))})
+        return None
+    try:
+        run = json.loads(path.read_text())
+        before = {**run["config"], "data": run["data_sha256"], "weights_sha256": run["weights_sha256"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}; give another --out") from None
+    now = {**asdict(c), "data": about["data_sha256"], "weights_sha256": about["weights_sha256"]}
+    changed = [k for k in now if now[k] != before.get(k) and k not in MAY_CHANGE]
+    if changed:
+        differ = "; ".join(
+            "the data files or their contents" if k == "data" else
+            "the weights' or vocabulary's contents" if k == "weights_sha256" else
+            f"{k} {before.get(k)!r} there, {now[k]!r} here" for k in changed
+        )
+        raise UserError(f"{out} is a run with other settings: {differ}; give another --out")
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    if not resume:
+        raise UserError(f"{out} holds an unfinished run; continue it with --resume, "
+                        "or give another --out")
+    return None
+
+
+def save_student(model: nn.Module, folder: Path, vocabulary: Path, about: dict, card: str) -> None:
+    """A student that `eval.py` and `transformers` load. The new folder is whole before it takes
+    the old one's place; a crash between the two renames is mended from the state on resume."""
+    beside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+    model.save_pretrained(beside)
+    shutil.copyfile(vocabulary, beside / "spiece.model")
+    write_json(beside / "tokenizer_config.json", {
+        "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": evaluation.MAX_SOURCE,
+        "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
+    })
+    write_json(beside / "dsbs.json", about)
+    (beside / "README.md").write_text(card)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(beside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def model_card(c: Config, step: int, accuracy: float) -> str:
+    return f"""# T5 student, {Path(c.dataset).name}, {c.method}
+
+Trained with Distilling Step-by-Step (Hsieh et al., 2023, https://arxiv.org/abs/2305.02301).
+
+- start: {c.weights} ({c.size}); method {c.method}, {c.labels} labels, seed {c.seed}
+- step {step} of {c.steps}, validation accuracy {accuracy:.4f}
+- use: `python eval.py THIS_FOLDER --predict inputs.txt`, or `transformers`' AutoTokenizer and
+  AutoModelForSeq2SeqLM{', with the prefix ' + repr(PREFIXES[c.prefixes]['label']) if METHODS[c.method].prefixed else ''}
+- It inherits its teacher's errors and biases (the paper's ethics statement): check before use.
+"""
+
+
+# -------------------------------------------------------------------------------------- state
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save_state(out: Path, step: int, model: nn.Module, optimizer, facts: dict) -> None:
+    """Writes `state/step-N/` and then points `state/latest` at it. Rank 0 only."""
+    root = out / "state"
+    folder = root / f"step-{step:07}"
+    latest = root / "latest"
+    if latest.exists() and latest.read_text() == folder.name:
+        return
+    for other in root.glob("step-*"):  # what an interrupted save left
+        if not latest.exists() or other.name != latest.read_text():
+            shutil.rmtree(other)
+    folder.mkdir(parents=True)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    moments = {
+        f"{name}.{key}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()
+    }
+    save_file(weights, folder / "model.safetensors")
+    save_file(moments, folder / "optimizer.safetensors")
+    write_json(folder / "state.json", {"step": step, **facts})
+    for path in [*folder.iterdir(), folder]:  # on the disk before anything points at it
+        fsync(path)
+    before = latest.read_text() if latest.exists() else None
+    beside = root / "latest.tmp"
+    beside.write_text(folder.name)
+    os.replace(beside, latest)
+    fsync(root)
+    if before:
+        shutil.rmtree(root / before, ignore_errors=True)
+
+
+def load_state(out: Path, model: nn.Module, optimizer) -> dict | None:
+    """Fills the model and the optimizer from the latest state, and returns what else was saved;
+    None where there is no state yet."""
+    latest = out / "state" / "latest"
+    if not latest.exists():
+        return None
+    folder = latest.parent / latest.read_text()
+    weights = load_file(folder / "model.safetensors")
+    moments = load_file(folder / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+            of_p = {k: v for k, v in moments.items() if k.startswith(name + ".")}
+            optimizer.state[p] = {
+                k.removeprefix(name + "."): v.to(p.device, copy=True) for k, v in of_p.items()
+            }
+    return json.loads((folder / "state.json").read_text())
+
+
+# --------------------------------------------------------------------------------------- data
+
+
+def split_rationales(c: Config, split: str) -> str | list[str] | None:
+    """What to join to a split: the teacher's answers are needed on valid and test only where the
+    student reads them, or where nobody else has labelled the examples."""
+    unlabelled = c.labels == "teacher" and isinstance(c.rationales, list)
+    needed = split == "train" or c.method == "rationale-input" or unlabelled
+    return c.rationales if needed else None
+
+
+@dataclass
+class Data:
+    """Everything that a run reads, tokenised once."""
+
+    tokenizer: Tokenizer
+    vocabulary: Path
+    rows: TokenRows
+    ids: list[str]  # of the training examples, as numbered in `rows`
+    valid: list[Example]
+    test: list[Example] | None
+    majority: str  # the most frequent training label
+    notes: list[str]
+
+
+def prepare(c: Config) -> Data:
+    """Reads the splits, takes the fraction, makes rows and token arrays, and counts."""
+    vocabulary = DEMO_VOCABULARY if c.weights == "random" else Path(c.weights) / "spiece.model"
+    tokenizer = Tokenizer(vocabulary)
+    counts = Counter()
+    load = lambda split: load_dataset(  # noqa: E731
+        c.dataset, split, c.data_root, split_rationales(c, split), counts if split == "train" else None
+    )
+    everything, valid = load("train"), load("valid")
+    test = load("test") if has_split(c.dataset, "test", c.data_root) else None
+    # A seeded prefix of a seeded order: smaller fractions are contained in larger ones.
+    order = np.random.default_rng([c.seed, 1]).permutation(len(everything))
+    kept = np.sort(order[: max(1, round(c.fraction * len(order)))])
+    examples = [everything[i] for i in kept]
+    usable = [e for e in examples if wanted_label(e, c.labels) is not None]
+    if not usable:
+        raise UserError(f"none of {len(examples)} training examples has a {c.labels} label; "
+                        "give --rationales that carry teacher labels, or other --labels")
+    bare = sum(not e.rationale for e in usable)
+    if c.method != "standard" and bare == len(usable):
+        raise UserError(f"--method {c.method} needs rationales and no training example has one; "
+                        "give --rationales, or --method standard")
+    made = make_rows(usable, c.method, c.labels, c.prefixes, c.dataset)
+    rows = tokenize_rows(made, tokenizer, evaluation.MAX_SOURCE, MAX_TARGET)
+    share = lambda part, whole: f"{part:,} ({100 * part / max(whole, 1):.2f} %)"  # noqa: E731
+    notes = [
+        f"data: {c.dataset}, {len(examples):,} of {len(everything):,} training examples "
+        f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test or []):,} test",
+        f"left out, no {c.labels} label: {len(examples) - len(usable):,}; "
+        f"without rationale: {bare if c.method != 'standard' else 0:,}; "
+        f"teacher labels outside the set: {counts['teacher_labels_dropped']:,}; "
+        f"teacher answers without an example: {counts['teacher_ids_unmatched']:,}",
+        f"rows: {len(made):,}; truncated sources {share(rows.truncated_sources, len(made))}, "
+        f"targets {share(rows.truncated_targets, len(made))}; "
+        f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}",
+    ]
+    majority = Counter(wanted_label(e, c.labels) for e in usable).most_common(1)[0][0]
+    return Data(tokenizer, vocabulary, rows, [e.id for e in usable], valid, test, majority, notes)
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
+    """The student before training: pretrained weights, or that size at random for `random`."""
+    torch.manual_seed(c.seed)
+    if c.weights == "random":  # the bundled vocabulary's size, rounded up for the hardware
+        vocabulary_size = -(-tokenizer.vocab_size // 64) * 64
+        model = evaluation.STUDENT(T5Config.preset(c.size, vocab_size=vocabulary_size))
+    else:
+        model = load_model(Path(c.weights))
+    if (rows := model.config.vocab_size) < tokenizer.vocab_size:
+        raise UserError(f"{c.weights}: vocab_size {rows} is smaller than its spiece.model's "
+                        f"{tokenizer.vocab_size}; they belong to different models")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = c.dropout  # whatever config.json says: v1.1's is for pretraining
+    return model
+
+
+def parallelize(model: nn.Module, parallel: str) -> nn.Module:
+    """DDP where asked for: the same model, whose backward averages gradients over the ranks."""
+    if parallel == "none":
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def missing_weights(c: Config) -> None:
+    if c.weights != "random" and not Path(c.weights).is_dir():
+        name = f"google/t5-v1_1-{c.size}"
+        raise UserError(
+            f"--weights {c.weights} does not exist; fetch it with `hf download {name} "
+            f"--local-dir weights/t5-v1_1-{c.size}`, or allowed: another Hugging Face T5 folder, "
+            "or random (untrained)"
+        )
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; its last state is good."""
+
+
+class Signals:
+    """SIGTERM and Ctrl-C while training: the first is noted, and heeded after the step."""
+
+    def __init__(self) -> None:
+        self.number, self.at = 0, 0.0
+
+    def __enter__(self) -> "Signals":
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _) -> None:
+        # torchrun passes a terminal's Ctrl-C on, so that it comes twice; later, it is meant.
+        if self.number == number == signal.SIGINT and time.monotonic() - self.at > 1:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.at = number, time.monotonic()
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's dropout on one rank."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def to_tensors(batch: dict, device: torch.device) -> dict[str, Tensor]:
+    return {key: torch.from_numpy(array).to(device) for key, array in batch.items()}
+
+
+def forward_backward(
+    model: nn.Module, batch: dict[str, Tensor], counts: Tensor, c: Config, scale: int
+) -> Tensor:
+    """One micro-batch: adds to the gradients, returns its (L_label, L_rationale) shares."""
+    with autocast(counts.device, c.precision):
+        decoder_input_ids = shift_right(batch["labels"])
+        logits = model(batch["input_ids"], batch["attention_mask"], decoder_input_ids)
+    losses = multitask_loss(logits, batch["labels"], batch["tasks"], counts, c.lam)
+    (losses.total * scale).backward()
+    return torch.stack([losses.label, losses.rationale]).detach()
+
+
+def train_step(model, optimizer, c: Config, data: Data, step: int, device, stop: int) -> dict:
+    """One optimizer step, `step` from 0. Returns its figures, the same on every rank."""
+    rank, world = rank_and_world()
+    rows = data.rows
+    mine = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
+    sources, targets = (o[mine + 1] - o[mine] for o in (rows.source_offsets, rows.target_offsets))
+    counts = [int(targets[rows.tasks[mine] == task].sum()) for task in (0, 1)]
+    dealt = micro_batches(sources, targets, c.micro_batch, world)[rank]
+
+    lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    torch.manual_seed(step_seed(c.seed, step, rank))
+    shares = torch.zeros(4, device=device)  # L_label, L_rationale, ranks told to stop (TERM, INT)
+    shares[2], shares[3] = stop == signal.SIGTERM, stop == signal.SIGINT
+    counts_on_device = torch.tensor(counts, device=device)
+    for i, part in enumerate(dealt):
+        batch = to_tensors(collate(rows, mine[part]), device)
+        # DDP averages gradients over the ranks, and our losses are parts of one sum: times world.
+        last = i == len(dealt) - 1
+        with model.no_sync() if world > 1 and not last else contextlib.nullcontext():
+            shares[:2] += forward_backward(model, batch, counts_on_device, c, world)
+    if world > 1:
+        dist.all_reduce(shares)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    label_loss, rationale_loss, terms, interrupts = shares.tolist()
+    loss = label_loss + c.lam * rationale_loss
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        ids = [data.ids[i] for i in np.unique(rows.example[mine])]
+        raise TrainingError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm} is not finite; examples "
+            f"{', '.join(ids)}. Nothing was changed by this step; lower --lr or mend the examples"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "step": step + 1, "label_loss": label_loss, "rationale_loss": rationale_loss,
+        "loss": loss, "lr": lr, "grad_norm": grad_norm,
+        "tokens": int(sources.sum() + targets.sum()), "stop": signal.SIGTERM if terms else signal.SIGINT if interrupts else 0,
+    }  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's on a GPU, this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def log_line(c: Config, m: dict, seconds_left: float) -> str:
+    """One line for people; `metrics.jsonl` has every step."""
+    left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+    line = (
+        f"step {m['step']}/{c.steps}  label {m['label_loss']:.4f}  rationale "
+        f"{m['rationale_loss']:.4f}  lr {m['lr']:.2e}  norm {m['grad_norm']:.2f}  "
+        f"{m['examples_per_second']:.0f} examples/s  {m['tokens_per_second']:.0f} tokens/s  "
+        f"{m['peak_memory_bytes'] / 2**30:.2f} GiB  left {left}"
+    )
+    return line + (f"  valid {m['valid_accuracy']:.4f}" if "valid_accuracy" in m else "")
+
+
+def train(c: Config, out: Path) -> None:
+    """From the first step, or the last saved one, to the last; leaves `best/` and `last/`.
+
+    Raises TrainingError where a loss or gradient is not finite, SystemExit(143 or 130) after
+    saving at a signal.
+    """
+    rank, world = rank_and_world()
+    device = torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
+    data = prepare(c)
+    model = build_model(c, data.tokenizer).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
+    state = load_state(out, model, optimizer)
+    done, best, best_step, metrics_bytes = 0, -1.0, 0, 0
+    if state:
+        done, best, best_step = state["step"], state["best"], state["best_step"]
+        metrics_bytes = state["metrics_bytes"]
+        if world == state["world"]:
+            torch.set_num_threads(state["threads"])  # another number would give other bits
+    parameters = sum(p.numel() for p in model.parameters())
+    epochs = c.steps * c.batch_size / data.rows.n_examples
+    for line in data.notes:
+        print0(line)
+    print0(
+        f"model: {c.weights} ({c.size}), {parameters:,} parameters; {c.precision} on {world} x "
+        f"{device.type}, {c.parallel}; {torch.get_num_threads()} threads\n"
+        f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
+        f"most {c.micro_batch} rows; valid every {c.eval_every}, state every {c.save_every}"
+        + (f"; continuing after step {done}" if done else "")
+    )
+    student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
+    about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset}
+
+    def export(folder: str, step: int) -> None:
+        facts, card = {**about, "step": step}, model_card(c, step, best)
+        save_student(model, out / folder, data.vocabulary, facts, card)
+
+    if rank == 0 and done and best_step and student_step(out / "best") != best_step:
+        assert best_step == done, "best/ is written right after the state of its step"
+        export("best", best_step)
+    wrapped = parallelize(model, c.parallel)
+    if world > 1:  # DDP orders its buckets anew after the first backward: do it before step 1
+        batch = to_tensors(collate(data.rows, np.array([0])), device)
+        forward_backward(wrapped, batch, torch.ones(2, device=device), c, world)
+        model.zero_grad(set_to_none=True)
+
+    metrics_file = open(out / "metrics.jsonl", "ab") if rank == 0 else None  # noqa: SIM115
+    if metrics_file:
+        metrics_file.truncate(metrics_bytes)
+    bar = tqdm(total=c.steps, initial=done, disable=rank > 0 or not sys.stderr.isatty())
+    began, shown = time.monotonic(), -math.inf
+    with bar, Signals() as signals:
+        for step in range(done, c.steps):
+            start = time.monotonic()
+            metrics = train_step(wrapped, optimizer, c, data, step, device, signals.number)
+            stop, tokens = metrics.pop("stop"), metrics.pop("tokens")
+            seconds = time.monotonic() - start
+            metrics["examples_per_second"] = c.batch_size / seconds
+            metrics["tokens_per_second"] = tokens / seconds
+            metrics["peak_memory_bytes"] = peak_memory(device)
+
+            step, last_step, improved = step + 1, step + 1 == c.steps, False
+            if step % c.eval_every == 0 or last_step:
+                summary, _ = evaluation.evaluate(student, data.valid, progress="valid")
+                metrics["valid_accuracy"] = summary["accuracy"]
+                improved = summary["accuracy"] > best
+                if improved:
+                    best, best_step = summary["accuracy"], step
+
+            if metrics_file:
+                metrics_file.write(json.dumps(metrics).encode() + b"\n")
+                metrics_file.flush()
+            bar.update()
+            if time.monotonic() - shown > 10 or "valid_accuracy" in metrics:
+                shown = time.monotonic()
+                left = (shown - began) / (step - done) * (c.steps - step)
+                print0(log_line(c, metrics, left))
+
+            if rank == 0 and (step % c.save_every == 0 or improved or last_step or stop):
+                fsync(out / "metrics.jsonl")
+                facts = {
+                    "best": best, "best_step": best_step, "world": world,
+                    "threads": torch.get_num_threads(), "metrics_bytes": metrics_file.tell(),
+                }  # fmt: skip
+                save_state(out, step, model, optimizer, facts)
+                if improved:
+                    export("best", step)
+            if stop and not last_step:
+                if world > 1:
+                    dist.barrier()  # leave together, once rank 0 has saved
+                print0(f"stopped by signal {stop} after step {step}, which is saved; continue with\n"
+                       f"  {command(c, str(out), resume=True)}")
+                sys.exit(128 + stop)
+    if rank == 0:
+        metrics_file.close()
+        export("last", c.steps)
+    if world > 1:
+        dist.barrier()
+
+
+def student_step(folder: Path) -> int | None:
+    """The step that a student folder of a run was saved at; None where there is none."""
+    try:
+        return json.loads((folder / "dsbs.json").read_text())["step"]
+    except FileNotFoundError:
+        return None
+
+
+def finish(c: Config, out: Path) -> dict:
+    """Scores the best student on test, once, and writes `predictions.jsonl` and `result.json`."""
+    device = torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
+    data = prepare(c)
+    student = evaluation.load_student(out / "best", device, c.precision)
+    state = json.loads(
+        (out / "state" / (out / "state" / "latest").read_text() / "state.json").read_text()
+    )
+    examples = data.valid if data.test is None else data.test
+    kind, gold = gold_labels(examples)
+    result = {
+        "valid_accuracy": state["best"],
+        "test_accuracy": None,
+        "n_test": 0,
+        "best_step": state["best_step"],
+        "labels": kind,
+    }
+    if data.test is not None:
+        summary, rows = evaluation.evaluate(student, data.test, progress="test")
+        result |= {"test_accuracy": summary["accuracy"], "n_test": summary["n"]}
+        if rank_and_world()[0] == 0:
+            write_jsonl(out / "predictions.jsonl", rows)
+    scored = [label for label in gold if label is not None]
+    hits = sum(is_correct(c.dataset, data.majority, label) for label in scored)
+    result["majority_accuracy"] = hits / len(scored)
+    for key in ("dataset", "size", "method", "fraction", "seed"):
+        result[key] = getattr(c, key)
+    if rank_and_world()[0] == 0:
+        write_json(out / "result.json", result)
+    return result
+
+
+def show_result(c: Config, out: Path, result: dict) -> None:
+    """The last lines of a run: what came out, where it is, how to use it."""
+    test = result["test_accuracy"]
+    print0(
+        f"valid accuracy {result['valid_accuracy']:.4f} (best of all evaluations, step "
+        f"{result['best_step']})\n"
+        + (f"test accuracy  {test:.4f} ({result['n_test']} examples, {result['labels']} labels; "
+           if test is not None else "test accuracy  none: the data set has no test split (")
+        + f"the most frequent training label alone: {result['majority_accuracy']:.4f})\n"
+        f"the student lies in {out / 'best'}; use it with\n"
+        f"  python eval.py {out / 'best'} --predict inputs.txt"
+        + (" --explain" if METHODS[c.method].explains else "")
+    )
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS
+    )
+    add = parser.add_argument
+    add("--size", help=f"{', '.join(PRESETS)}; default tiny")
+    add("--weights", help="a Hugging Face T5 folder, or random; default weights/t5-v1_1-SIZE")
+    add("--dataset", help=f"{', '.join(TASKS)} or a folder of *.jsonl; default demo for tiny, else esnli")
+    add("--data-root", help="where the benchmarks lie; default datasets")
+    add("--method", help=f"{', '.join(METHODS)}; default step-by-step")
+    add("--labels", help="human (default) or teacher")
+    add("--rationales", nargs="+", help="palm, neox, human, or a teacher's .jsonl files")
+    add("--prefixes", help="paper (default) or released")
+    add("--fraction", type=float, help="of the training examples, above 0 and at most 1")
+    add("--steps", type=int)
+    add("--batch-size", type=int, help="examples in an optimizer step, over all processes")
+    add("--lr", type=float)
+    add("--lam", type=float, help="lambda of Eq. 3; default 1")
+    add("--dropout", type=float, help="default 0.1")
+    add("--seed", type=int, help="default 0")
+    add("--eval-every", type=int, help="steps")
+    add("--device", help="cpu, cuda or cuda:N; default: the best there is")
+    add("--precision", help="fp32 or bf16; default bf16 on CUDA, fp32 on CPU")
+    add("--save-every", type=int, help="steps; default: as often as it evaluates")
+    add("--micro-batch", type=int, help="rows in one forward on one device")
+    add("--parallel", help="none or ddp; default ddp under torchrun")
+    add("--out", help="run folder; default runs/ and a name made of the settings")
+    add("--resume", action="store_true", help="continue the run folder, or start it")
+    return parser.parse_args(argv)
+
+
+def run(given: dict) -> None:
+    """Trains as told by the flags given, or shows what is there."""
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    if resume and out and (Path(out) / "run.json").exists():  # flags not given stay as they were
+        try:
+            before = json.loads((Path(out) / "run.json").read_text())["config"]
+            given = {k: v for k, v in before.items() if k not in MAY_CHANGE} | given
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{Path(out) / 'run.json'} is damaged: {error!r}") from None
+    c = resolve(Config(**given))
+    missing_weights(c)
+    out = Path(out or run_name(c))
+    with locked(out):
+        result = agreed(lambda: open_run(c, out, provenance(c), resume))
+        if result:
+            print0(f"{out} is finished; to repeat it elsewhere:\n  {command(c, f'{out}-2')}")
+        else:
+            print0(f"run folder: {out}")
+            train(c, out)
+            result = finish(c, out)
+        show_result(c, out, result)
+
+
+def agreed(work):
+    """Rank 0's value of work(), or its UserError, on every rank: one process touches the files."""
+    rank, world = rank_and_world()
+    box = [None, None]
+    if rank == 0:
+        try:
+            box[0] = work()
+        except UserError as error:
+            box[1] = str(error)
+    if world > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise UserError(box[1])
+    return box[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 2 with one line for a user's mistake, 1 for a run that could not go on."""
+    given = vars(parse_args(argv))
+    try:
+        with processes(choose_device(given.get("device"))):
+            run(given)
+    except UserError as error:
+        status, message = 2, f"error: {error}"
+    except (TrainingError, OSError, SafetensorError) as error:
+        status, message = 1, f"error: {error}\nthe last saved state is kept; continue with --resume"
+    else:
+        return 0
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
