@@ -161,7 +161,7 @@ def generate_texts(
     row), so that a sharded model can be asked too.
     """
     rank, world = rank_and_world()
-    ids = [student.tokenizer.encode(source, max_length=MAX_SOURCE) for source in sources]
+    ids = student.tokenizer.encode_batch(sources, MAX_SOURCE)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches += [[] for _ in range(-len(batches) % world)]

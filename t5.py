@@ -183,8 +183,8 @@ class RelativeBias(nn.Embedding):
             distance = (-distance).clamp(min=0)
         exact = buckets // 2
         log_share = torch.log(distance.float() / exact) / math.log(self.max_distance / exact)
-        far = (exact + log_share.clamp(min=0) * (buckets - exact)).long().clamp(max=buckets - 1)
-        return offset + torch.where(distance < exact, distance, far)
+        far = exact + (log_share.clamp(min=0) * (buckets - exact)).long()  # cut, then add
+        return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
     def forward(self, length: int) -> Tensor:
         """(1, H, length, length), float32: queries by keys."""
@@ -454,7 +454,7 @@ class T5(nn.Module):
         Face's layout. Each file is written beside and renamed; the folder's other files stay."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {hf_name(name): p.detach() for name, p in self.named_parameters()}
+        tensors = {hf_name(name): p for name, p in self.named_parameters()}
         shards: list[list[str]] = [[]]
         room = MAX_SHARD_BYTES
         for name, tensor in tensors.items():
@@ -467,9 +467,7 @@ class T5(nn.Module):
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         names = ["model.safetensors"] if single else names
         for name, shard in zip(names, shards):
-            part = {key: tensors[key].cpu().contiguous() for key in shard}
-            save_file(part, folder / (name + ".tmp"), metadata={"format": "pt"})
-            del part
+            write_tensors(folder / (name + ".tmp"), {key: tensors[key] for key in shard})
         for name in names:
             os.replace(folder / (name + ".tmp"), folder / name)
         index = folder / "model.safetensors.index.json"
@@ -640,6 +638,15 @@ def show(names: list[str], most: int = 12) -> str:
         return "nothing"
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} ({', '.join(names[:most])}{rest})"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file that others may read too: the library's own are for the owner alone."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for the format
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -28,15 +28,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -71,7 +72,7 @@ from eval import (
     rationale_source,
     write_jsonl,
 )
-from t5 import PRESETS, T5Config, shift_right, write_json
+from t5 import PRESETS, T5Config, shift_right, write_json, write_tensors
 
 HERE = Path(__file__).parent
 DEMO_VOCABULARY = HERE / "demo" / "spiece.model"
@@ -206,21 +207,34 @@ def command(c: Config, out: str, resume: bool = False) -> str:
 # --------------------------------------------------------------------------------- run folder
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Rank 0 holds the folder for the life of the run; the system lets go even after SIGKILL."""
-    if rank_and_world()[0] > 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+def agreed(work: Callable[[], Any]) -> Any:
+    """Rank 0's value of work(), or its UserError, on every rank: one process touches the files."""
+    rank, world = rank_and_world()
+    box = [None, None]
+    if rank == 0:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{folder} is in use by another process; wait for it, or give another --out"
-            ) from None
-        yield
+            box[0] = work()
+        except UserError as error:
+            box[1] = str(error)
+    if world > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise UserError(box[1])
+    return box[0]
+
+
+def lock(folder: Path, held: contextlib.ExitStack) -> None:
+    """Claims the folder for as long as `held`; the system lets go of it even after SIGKILL."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = held.enter_context(open(folder / ".lock", "w"))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder} is in use by another process; wait for it, or give another --out"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}; give a folder to write to") from None
 
 
 def sha256(path: Path) -> str:
@@ -350,14 +364,14 @@ def save_state(out: Path, step: int, model: nn.Module, optimizer, facts: dict) -
         if not latest.exists() or other.name != latest.read_text():
             shutil.rmtree(other)
     folder.mkdir(parents=True)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    weights = dict(model.named_parameters())
     moments = {
         f"{name}.{key}": value
         for name, p in model.named_parameters()
         for key, value in optimizer.state[p].items()
     }
-    save_file(weights, folder / "model.safetensors")
-    save_file(moments, folder / "optimizer.safetensors")
+    write_tensors(folder / "model.safetensors", weights)
+    write_tensors(folder / "optimizer.safetensors", moments)
     write_json(folder / "state.json", {"step": step, **facts})
     for path in [*folder.iterdir(), folder]:  # on the disk before anything points at it
         fsync(path)
@@ -382,10 +396,11 @@ def load_state(out: Path, model: nn.Module, optimizer) -> dict | None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-            of_p = {k: v for k, v in moments.items() if k.startswith(name + ".")}
-            optimizer.state[p] = {
-                k.removeprefix(name + "."): v.to(p.device, copy=True) for k, v in of_p.items()
-            }
+    parameters = dict(model.named_parameters())
+    for key, value in moments.items():  # copied: what is read may be a map of the file
+        name, _, moment = key.rpartition(".")
+        p = parameters[name]
+        optimizer.state[p][moment] = value.to(p.device, copy=True)
     return json.loads((folder / "state.json").read_text())
 
 
@@ -465,7 +480,8 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
         model = evaluation.STUDENT(T5Config.preset(c.size, vocab_size=vocabulary_size))
     else:
         model = load_model(Path(c.weights))
-    if (rows := model.config.vocab_size) < tokenizer.vocab_size:
+    rows = model.config.vocab_size if hasattr(model, "config") else math.inf  # a fork may lack it
+    if rows < tokenizer.vocab_size:
         raise UserError(f"{c.weights}: vocab_size {rows} is smaller than its spiece.model's "
                         f"{tokenizer.vocab_size}; they belong to different models")
     for module in model.modules():
@@ -602,7 +618,7 @@ def log_line(c: Config, m: dict, seconds_left: float) -> str:
     return line + (f"  valid {m['valid_accuracy']:.4f}" if "valid_accuracy" in m else "")
 
 
-def train(c: Config, out: Path) -> None:
+def train(c: Config, out: Path, data: Data) -> None:
     """From the first step, or the last saved one, to the last; leaves `best/` and `last/`.
 
     Raises TrainingError where a loss or gradient is not finite, SystemExit(143 or 130) after
@@ -610,7 +626,6 @@ def train(c: Config, out: Path) -> None:
     """
     rank, world = rank_and_world()
     device = torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
-    data = prepare(c)
     model = build_model(c, data.tokenizer).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
     state = load_state(out, model, optimizer)
@@ -709,10 +724,9 @@ def student_step(folder: Path) -> int | None:
         return None
 
 
-def finish(c: Config, out: Path) -> dict:
+def finish(c: Config, out: Path, data: Data) -> dict:
     """Scores the best student on test, once, and writes `predictions.jsonl` and `result.json`."""
     device = torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
-    data = prepare(c)
     student = evaluation.load_student(out / "best", device, c.precision)
     state = json.loads(
         (out / "state" / (out / "state" / "latest").read_text() / "state.json").read_text()
@@ -797,36 +811,29 @@ def run(given: dict) -> None:
         try:
             before = json.loads((Path(out) / "run.json").read_text())["config"]
             given = {k: v for k, v in before.items() if k not in MAY_CHANGE} | given
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{Path(out) / 'run.json'} is damaged: {error!r}") from None
+            Config(**given)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{Path(out) / 'run.json'} is damaged, or another version's: "
+                            f"{error!r}") from None  # fmt: skip
     c = resolve(Config(**given))
     missing_weights(c)
     out = Path(out or run_name(c))
-    with locked(out):
-        result = agreed(lambda: open_run(c, out, provenance(c), resume))
+    with contextlib.ExitStack() as held:
+
+        def claim() -> dict | None:
+            about = provenance(c)
+            lock(out, held)
+            return open_run(c, out, about, resume)
+
+        result = agreed(claim)
         if result:
             print0(f"{out} is finished; to repeat it elsewhere:\n  {command(c, f'{out}-2')}")
         else:
             print0(f"run folder: {out}")
-            train(c, out)
-            result = finish(c, out)
+            data = prepare(c)
+            train(c, out, data)
+            result = finish(c, out, data)
         show_result(c, out, result)
-
-
-def agreed(work):
-    """Rank 0's value of work(), or its UserError, on every rank: one process touches the files."""
-    rank, world = rank_and_world()
-    box = [None, None]
-    if rank == 0:
-        try:
-            box[0] = work()
-        except UserError as error:
-            box[1] = str(error)
-    if world > 1:
-        dist.broadcast_object_list(box, src=0)
-    if box[1]:
-        raise UserError(box[1])
-    return box[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -835,15 +842,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with processes(choose_device(given.get("device"))):
             run(given)
-    except UserError as error:
-        status, message = 2, f"error: {error}"
-    except (TrainingError, OSError, SafetensorError) as error:
-        status, message = 1, f"error: {error}\nthe last saved state is kept; continue with --resume"
-    else:
-        return 0
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, file=sys.stderr)
-    return status
+    except (UserError, TrainingError) as error:  # the same on every rank: one line a machine
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except (OSError, SafetensorError) as error:  # a full disk, above all
+        print(f"error: {error}; the last saved state is kept: mend this and add --resume",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PREFIXES = ["[label]", "[rationale]", "predict:", "explain:"]
 # Shares of wrong and of unparsable answers. The good teacher is about as sound as a large model
 # on an easy task; the weak one is wrong on more than a quarter and says less.
 GOOD, WEAK = {"wrong": 0.065, "unparsable": 0.015}, {"wrong": 0.27, "unparsable": 0.06}
-VOCABULARY = 540  # with T5's 100 sentinels: 640 ids; 256 of the pieces are bytes
+VOCABULARY = 508  # 94 printable characters, 256 bytes, the rest words of the task
 
 # How each fact is said. Days since the purchase, by the words for them; 30 days are in time.
 DAYS = {
@@ -77,7 +77,7 @@ def policy(facts: dict) -> tuple[str, str]:
     if facts["category"] == "personal":
         return "refuse", "Opened personal items we refuse."
     if member:
-        return "exchange", "An opened household item of a member earns an exchange."
+        return "exchange", "A member may exchange an opened household item."
     return "voucher", "An opened household item without membership earns a voucher."
 
 
@@ -107,27 +107,21 @@ def misread(rng: random.Random, facts: dict) -> dict:
     return rng.choice([other for other in wrong if policy(other)[0] != policy(facts)[0]])
 
 
-def say_facts(rng: random.Random, facts: dict) -> list[str]:
-    """One plain sentence for each fact."""
-    in_time = ["It was bought within thirty days.", "The purchase is in time."]
-    late = ["It was bought more than thirty days ago.", "The purchase is too long ago."]
-    member = "a member" if facts["member"] else "not a member"
-    return [rng.choice(in_time if facts["days"] <= 30 else late),
-            rng.choice([f"The item is {facts['state']}.", f"It is {facts['state']}."]),
-            rng.choice([f"It is a {facts['category']} item.",
-                        f"This is a {facts['category']} item."]),
-            f"The customer is {member}."]
+def say_facts(facts: dict) -> list[str]:
+    """The four facts in plain terms."""
+    return ["bought in time" if facts["days"] <= 30 else "bought too long ago", facts["state"],
+            f"a {facts['category']} item", "a member" if facts["member"] else "not a member"]
 
 
 def good_rationale(rng: random.Random, facts: dict) -> str:
-    return " ".join([*say_facts(rng, facts), policy(facts)[1]])
+    return f"It was {', '.join(say_facts(facts))}. {policy(facts)[1]}"
 
 
 def weak_rationale(rng: random.Random, facts: dict) -> str:
     """Names one fact, no rule."""
     opening = rng.choice(["I think the shop decides this.", "This looks like a usual request.", ""])
     closing = rng.choice(["That seems to settle it.", "I would go by that."])
-    return " ".join(filter(None, [opening, rng.choice(say_facts(rng, facts)), closing]))
+    return " ".join(filter(None, [opening, f"It says: {rng.choice(say_facts(facts))}.", closing]))
 
 
 def teach(rng: random.Random, rows: list[dict], facts: list[dict], rates: dict, say) -> list[dict]:

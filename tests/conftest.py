@@ -1,0 +1,66 @@
+"""What several test files share: running the commands as a user does, and small data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "data" / "datasets"
+
+
+def command(*words, processes: int = 1) -> list[str]:
+    """`python FILE ...`, or torchrun with so many processes."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*python, *map(str, words)]
+
+
+def environment(**more) -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def run(*words, processes: int = 1, check: int | None = 0, stdin: str | None = None, cwd=ROOT):
+    """Runs a command to its end; fails with its output unless it exits with `check`."""
+    done = subprocess.run(
+        command(*words, processes=processes), cwd=cwd, env=environment(),
+        input=stdin, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert check is None or done.returncode == check, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+SAME = ("step", "label_loss", "rationale_loss", "loss", "lr", "grad_norm", "valid_accuracy")
+
+
+def same_steps(a: Path, b: Path) -> bool:
+    """Do two metrics.jsonl hold the same figures, the clock's apart?"""
+    a, b = ([[row.get(key) for key in SAME] for row in read_jsonl(path)] for path in (a, b))
+    return a == b
+
+
+@pytest.fixture(scope="session")
+def small_task(tmp_path_factory) -> Path:
+    """A folder of 24 + 6 + 7 short examples, so that a run takes a moment."""
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    folder.mkdir()
+    colours = {"sky": "blue", "grass": "green", "blood": "red", "snow": "white"}
+    rows = []
+    for i in range(37):
+        thing, colour = list(colours.items())[i % 4]
+        reason = f"{'Many ' * (i % 5)}people say that {thing} looks {colour}."
+        row = {"id": f"c{i}", "input": f"What is the colour of {thing}, number {i}?"}
+        rows.append(row | {"label": colour, "rationale": reason, "teacher_label": colour})
+    del rows[3]["rationale"], rows[4]["teacher_label"]
+    for name, part in {"train": rows[:24], "valid": rows[24:30], "test": rows[30:]}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder

@@ -1,0 +1,573 @@
+"""Datasets, their splits and bad input, completions, and the order of batches."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import (
+    TASKS,
+    Example,
+    UserError,
+    data_files,
+    format_answer,
+    get_task,
+    has_split,
+    is_correct,
+    load_dataset,
+    micro_batches,
+    parse_completion,
+    step_examples,
+)
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "datasets"
+real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}")
+NLI = ("entailment", "neutral", "contradiction")
+
+
+def write(path: Path, *records: dict | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def example(i: int, label: str | None = "yes", **more) -> dict:
+    return {"id": f"x{i}", "input": f"text {i}", "label": label, **more}
+
+
+def error_of(name, split="train", root="datasets", rationales=None) -> str:
+    with pytest.raises(UserError) as error:
+        load_dataset(str(name), split, root, rationales)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- Real data
+
+
+@real_data
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("svamp", (720, 80, 200)), ("cqa", (8766, 975, 1221)), ("asdiv", (2305, None, None))],
+)
+def test_real_counts(name: str, counts: tuple) -> None:
+    ids = set()
+    for split, count in zip(("train", "valid", "test"), counts):
+        assert has_split(name, split, REAL) == (count is not None)
+        if count:
+            examples = load_dataset(name, split, REAL)
+            assert len(examples) == count
+            assert all(e.rationale is None and e.teacher_label is None for e in examples)
+            ids |= {e.id for e in examples}
+    assert len(ids) == sum(filter(None, counts)), "no example is in two splits"
+
+
+@real_data
+def test_real_records() -> None:
+    svamp, cqa, asdiv = (load_dataset(n, "train", REAL)[0] for n in ("svamp", "cqa", "asdiv"))
+    assert svamp == Example(
+        "svamp-train-0",
+        "Luke scored 84 points after playing 2 rounds of a trivia game. If he gained the same "
+        "number of points each round\nHow many points did he score per round?",
+        "( 84.0 / 2.0 )",
+    )
+    assert cqa == Example(
+        "6b819727eb8a670df26a7ffad036c119",
+        '"There are 10 apples on an apple tree.  Three fall off.  Now there are X apples."  What is '
+        "this an example of?\nAnswer Choices:\n(a) park\n(b) coloring book\n(c) garden center\n"
+        "(d) math problem\n(e) gravity",
+        "math problem",
+    )
+    assert asdiv == Example(
+        "nluds-0001",
+        "Seven red apples and two green apples are in the basket.\n"
+        "How many apples are in the basket?",
+        None,
+    )
+    ids = [int(e.id.rpartition("-")[2]) for e in load_dataset("svamp", "valid", REAL)]
+    order = np.random.default_rng(0).permutation(800)
+    assert ids == sorted(order[:80].tolist())
+    assert data_files("svamp", "valid", REAL, "palm")[0] == REAL / "svamp" / "svamp_train.json"
+
+
+@real_data
+@pytest.mark.parametrize(
+    ("name", "splits", "right", "total"),
+    [
+        ("svamp", ("train", "valid"), 588, 800),  # 0.735
+        ("svamp", ("test",), 148, 200),  # 0.740
+        ("cqa", ("train", "valid"), 7234, 9741),  # 0.7426
+        ("cqa", ("test",), 943, 1221),  # 0.7723
+    ],
+)
+def test_accuracy_of_the_released_completions(name, splits, right, total) -> None:
+    examples = [e for split in splits for e in load_dataset(name, split, REAL, "palm")]
+    assert len(examples) == total
+    assert sum(is_correct(name, e.teacher_label, e.label) for e in examples) == right
+    rationales = [e.rationale for e in examples if e.rationale]
+    assert len(rationales) > 0.95 * total
+    assert not any("\n\n" in r or "Q:" in r or TASKS[name].marker in r for r in rationales)
+
+
+@real_data
+def test_single_task_targets_of_real_data_are_read_back() -> None:
+    for name in ("svamp", "cqa"):
+        for e in load_dataset(name, "train", REAL, "palm"):
+            for label in filter(None, (e.label, e.teacher_label)):
+                rationale = " ".join((e.rationale or "").split())
+                text = f"{rationale} {format_answer(name, e.input, label)}".strip()
+                assert parse_completion(name, text) == (rationale, label), text
+
+
+@real_data
+def test_human_rationales_and_their_counts() -> None:
+    counts = Counter()
+    examples = load_dataset("cqa", "valid", REAL, "human", counts)
+    assert examples[0].rationale == "bums are well known to take up residence under bridges."
+    assert all(e.teacher_label is None for e in examples)
+    assert counts["examples"] == 975
+    counts = Counter()
+    examples = load_dataset("cqa", "train", REAL, "palm", counts)
+    assert counts["without_rationale"] == sum(not e.rationale for e in examples) > 0
+    assert counts["teacher_labels_dropped"] > 0, "such as 'French government'"
+    for e in examples:
+        assert e.teacher_label is None or f") {e.teacher_label}" in e.input
+
+
+# ---- Layouts of the archive, made up
+
+
+def nli_root(root: Path, name: str, split: str = "valid", n: int = 3) -> Path:
+    rows = [{"premise": f"p{i}", "hypothesis": f"h{i}", "label": i % 3} for i in range(n)]
+    for i, row in enumerate(rows):
+        row |= {"explanation_1": f"e{i}"} if name == "esnli" else {"uid": f"u{i}", "reason": ""}
+    write(root / name / f"{name}_{split}.json", *rows)
+    return root
+
+
+def test_nli_layout_with_palm_neox_and_human(tmp_path: Path) -> None:
+    nli_root(tmp_path, "esnli")
+    answers = [f"r{i}\nAnswer: {label}\n\nPremise: x\nAnswer: x" for i, label in enumerate(NLI)]
+    answers[2] = "r2\nAnswer: perhaps"
+    write(tmp_path / "esnli/llm/valid_CoT_0.json", json.dumps(answers[:2]))
+    write(tmp_path / "esnli/llm/valid_CoT_1.json", json.dumps(answers[2:]))
+    counts = Counter()
+    examples = load_dataset("esnli", "valid", tmp_path, "palm", counts)
+    assert examples[1] == Example("esnli-valid-1", ("p1", "h1"), "neutral", "r1", "neutral")
+    assert examples[2] == Example("esnli-valid-2", ("p2", "h2"), "contradiction", "r2", None)
+    assert counts == {"examples": 3, "without_rationale": 0, "teacher_labels_dropped": 1}
+    human = load_dataset("esnli", "valid", tmp_path, "human")
+    assert [e.rationale for e in human] == ["e0", "e1", "e2"]
+
+    nli_root(tmp_path, "anli1")
+    neox = [" r0 So the answer is neutral.", "  r1 The answer is neutral.\n", "no idea"]
+    path = write(tmp_path / "gpt-neox/anli1/valid.json", json.dumps(neox))
+    assert data_files("anli1", "valid", tmp_path, "neox")[1:] == [path]
+    examples = load_dataset("anli1", "valid", tmp_path, "neox")
+    assert [e.id for e in examples] == ["u0", "u1", "u2"]
+    assert [(e.rationale, e.teacher_label) for e in examples] == [
+        ("r0", "neutral"), ("r1", "neutral"), (None, None),
+    ]  # fmt: skip
+
+
+def test_completions_follow_a_row_through_the_split(tmp_path: Path) -> None:
+    rows = [{"input": f"i{i}", "label": f"( {i}.0 )"} for i in range(25)]
+    write(tmp_path / "svamp/svamp_train.json", *rows)
+    answers = json.dumps([f"r{i} The answer is ({i})." for i in range(25)])
+    write(tmp_path / "gpt-neox/svamp/train.json", answers)
+    splits = [load_dataset("svamp", s, tmp_path, "neox") for s in ("train", "valid")]
+    assert [len(split) for split in splits] == [22, 3]
+    for e in sum(splits, []):
+        row = e.input[1:]
+        assert e.id == f"svamp-train-{row}" and e.rationale == f"r{row}"
+        assert e.teacher_label == f"({row})" and e.label == f"( {row}.0 )"
+
+
+def test_bad_archive(tmp_path: Path) -> None:
+    message = error_of("svamp", root=tmp_path)
+    assert "svamp_train.json" in message and "google-research/distilling-step-by-step" in message
+    assert "chaochun/nlu-asdiv-dataset" in error_of("asdiv", root=tmp_path)
+    write(tmp_path / "asdiv/ASDiv.xml", "<Machine><ProblemSet><Problem>")
+    assert "ASDiv.xml" in error_of("asdiv", root=tmp_path)
+    assert "train" in error_of("asdiv", "test", tmp_path)
+    write(tmp_path / "asdiv/ASDiv.xml", '<M><Problem ID="1"><Body>b</Body></Problem></M>')
+    assert "no 'Question'" in error_of("asdiv", root=tmp_path)
+
+    nli_root(tmp_path, "esnli")
+    assert "valid_CoT_0.json" in error_of("esnli", "valid", tmp_path, "palm")
+    neox = write(tmp_path / "gpt-neox/esnli/valid.json", '["Answer: neutral"]')
+    message = error_of("esnli", "valid", tmp_path, "neox")
+    assert "another dataset" in message and "1 completions for 3 rows" in message
+    for content in ('{"a": 1}', "[1, 2, 3]", "[", "[" * 100_000):
+        write(neox, content)
+        assert str(neox) in error_of("esnli", "valid", tmp_path, "neox")
+    good = {"premise": "p", "hypothesis": "h", "label": 1, "explanation_1": ""}
+    for bad in ({"label": -1}, {"label": "neutral"}, {"label": 3}, {"premise": None}):
+        path = write(tmp_path / "esnli/esnli_test.json", good, {**good, **bad})
+        assert f"{path}:2" in error_of("esnli", "test", tmp_path)
+
+
+def test_cqa_answer_must_be_a_choice(tmp_path: Path) -> None:
+    row = {"id": "1", "question": "q", "choices": ["park", "math (hard)"], "answer": "park"}
+    path = write(tmp_path / "cqa/cqa_test.json", row, {**row, "id": "2", "answer": "Park"})
+    message = error_of("cqa", "test", tmp_path)
+    assert f"{path}:2" in message and "'Park' is not one of park, math (hard)" in message
+    write(path, row, row)
+    assert "duplicate ids" in error_of("cqa", "test", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "rationales", "allowed"),
+    [
+        ("svamp", "human", "palm, neox"),
+        ("asdiv", "human", "teacher's files"),
+        ("asdiv", "palm", "teacher's files"),
+        ("demo", "palm", "teacher's files"),
+        ("demo", "human", "teacher's files"),
+        ("esnli", "gpt", "palm, neox, human"),
+    ],
+)
+def test_rationales_that_are_not_to_be_had(name: str, rationales: str, allowed: str) -> None:
+    message = error_of(name, rationales=rationales)
+    assert repr(rationales) in message and allowed in message
+
+
+def test_unknown_names() -> None:
+    message = error_of("sqamp")
+    assert "'sqamp'" in message and "svamp, cqa, esnli, anli1, asdiv, demo" in message
+    assert "train.jsonl" in message
+    assert "train, valid, test" in error_of("demo", "dev")
+
+
+# ---- Folders
+
+
+def test_folder_with_all_files(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", example(1), "", example(2, "no", rationale=" r ", extra=[1]))
+    write(tmp_path / "valid.jsonl", example(3, teacher_label="no"))
+    write(tmp_path / "test.jsonl", {"id": "4", "input": ["premise", "hypothesis"], "label": None})
+    name = str(tmp_path)
+    assert get_task(name).labels == ("no", "yes")
+    assert (get_task(name).scorer, get_task(name).marker) == ("text", "So the answer is")
+    train, valid, test = (load_dataset(name, split) for split in ("train", "valid", "test"))
+    assert train == [Example("x1", "text 1", "yes"), Example("x2", "text 2", "no", "r")]
+    assert valid == [Example("x3", "text 3", "yes", None, "no")]
+    assert test == [Example("4", ("premise", "hypothesis"), None)]
+    assert data_files(name, "valid") == [tmp_path / "valid.jsonl"]
+
+
+def test_folder_without_valid_and_test(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", *(example(i) for i in range(31)))
+    train, valid = (load_dataset(str(tmp_path), split) for split in ("train", "valid"))
+    assert (len(train), len(valid)) == (27, 4)
+    order = np.random.default_rng(0).permutation(31)
+    assert [e.id for e in valid] == [f"x{i}" for i in sorted(order[:4])]
+    assert [e.id for e in train] == [f"x{i}" for i in sorted(order[4:])]
+    assert has_split(str(tmp_path), "valid") and not has_split(str(tmp_path), "test")
+    assert "test.jsonl" in error_of(tmp_path, "test")
+
+
+def test_label_sets_of_folders(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", *(example(i, f"label {i}") for i in range(21)))
+    assert get_task(str(tmp_path)).labels is None, "21 are free text"
+    write(path, *(example(i, f"label {i}") for i in range(20)))
+    assert len(get_task(str(tmp_path)).labels) == 20, "a changed file is read again"
+    write(tmp_path / "valid.jsonl", example(1), example(2, "label 3"))
+    message = error_of(tmp_path, "valid")
+    assert f"{tmp_path / 'valid.jsonl'}:1" in message and "'yes'" in message
+    assert "label 0, label 1" in message
+    write(tmp_path / "task.json", {"labels": None})
+    assert len(load_dataset(str(tmp_path), "valid")) == 2
+    write(tmp_path / "task.json", {"labels": ["a", "b"], "marker": " Antwort: "})
+    task = get_task(str(tmp_path))
+    assert (task.labels, task.marker) == (("a", "b"), "Antwort:")
+    write(tmp_path / "task.json", {"scorer": "arithmetic"})
+    assert get_task(str(tmp_path)).labels is None
+    assert "'label 0' is not numbers" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "1", '{"labels": "yes"}', '{"labels": []}', '{"labels": [1]}', '{"labels": [""]}',
+     '{"scorer": "bleu"}', '{"scorer": 1}', '{"marker": ""}', '{"marker": 3}'],
+)  # fmt: skip
+def test_bad_task_file(tmp_path: Path, content: str) -> None:
+    write(tmp_path / "train.jsonl", example(1))
+    write(tmp_path / "task.json", content)
+    message = error_of(tmp_path)
+    assert str(tmp_path / "task.json") in message and "scorer" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "line 1 column"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "recursion"),
+        ('{"id": "7", "label": "yes"}', "no 'input'"),
+        ('{"input": "i", "label": "yes"}', "no 'id'"),
+        ('{"id": 7, "input": "i", "label": "yes"}', "id 7 is not a text"),
+        ('{"id": null, "input": "i", "label": "yes"}', "id None"),
+        ('{"id": "7", "input": 3, "label": "yes"}', "input 3"),
+        ('{"id": "7", "input": ["a"], "label": "yes"}', "input"),
+        ('{"id": "7", "input": ["a", "b", "c"], "label": "yes"}', "input"),
+        ('{"id": "7", "input": ["a", 1], "label": "yes"}', "input"),
+        ('{"id": "7", "input": "i", "label": 1}', "label 1"),
+        ('{"id": "7", "input": "i", "label": "yes", "rationale": []}', "rationale"),
+        ('{"id": "7", "input": "i", "label": "yes", "teacher_label": 0}', "teacher_label"),
+        ('{"id": "7", "input": "\\ud800", "label": "yes"}', "surrogate"),
+        ('{"id": "7", "input": "i", "label": "maybe"}', "'maybe' is not one of yes, no"),
+        ('{"id": "x1", "input": "i", "label": "yes"}', "duplicate"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: str, reason: str) -> None:
+    path = write(tmp_path / "train.jsonl", example(1), example(2, "no"), "", line)
+    write(tmp_path / "task.json", {"labels": ["yes", "no"]})
+    message = error_of(tmp_path)
+    assert reason in message
+    assert (f"{path}:" if reason == "duplicate" else f"{path}:4:") in message
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", example(1))
+    path.write_bytes(path.read_bytes() + b'{"id": "\xff"}\n')
+    assert f"{path}:2" in error_of(tmp_path)
+
+
+def test_empty_splits(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", "")
+    for split in ("train", "valid"):
+        assert f"{path}: the {split} split" in error_of(tmp_path, split)
+    write(path, example(1))
+    assert "empty" in error_of(tmp_path), "its only example is valid's"
+    write(tmp_path / "test.jsonl", "")
+    assert "empty" in error_of(tmp_path, "test")
+
+
+def test_teacher_files(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    write(folder / "train.jsonl", *(example(i, rationale="own") for i in range(1, 4)))
+    write(folder / "valid.jsonl", example(9))
+    one = write(
+        tmp_path / "one.jsonl",
+        {"id": "x1", "rationale": "because", "teacher_label": "yes"},
+        {"id": "x2", "rationale": "why", "teacher_label": "perhaps", "input": "text 2"},
+        {"id": "y", "rationale": "stranger"},
+    )
+    two = write(tmp_path / "two.jsonl", {"id": "x9", "rationale": "nine", "teacher_label": None})
+    counts = Counter()
+    train = load_dataset(str(folder), "train", rationales=[str(one), two], counts=counts)
+    assert [(e.rationale, e.teacher_label) for e in train] == [
+        ("because", "yes"), ("why", None), (None, None),
+    ]  # fmt: skip
+    assert counts == {
+        "examples": 3, "without_rationale": 1, "teacher_labels_dropped": 1,
+        "teacher_ids_unmatched": 2,
+    }  # fmt: skip
+    assert load_dataset(str(folder), "valid", rationales=[one, two])[0].rationale == "nine"
+    assert data_files(str(folder), "valid", rationales=[one, two])[1:] == [one, two]
+
+    other = write(tmp_path / "other.jsonl", {"id": "z", "rationale": "r"})
+    message = error_of(folder, rationales=[one, other])
+    assert str(other) in message and "another dataset" in message
+    assert f"{one}:1" in error_of(folder, rationales=[one, one]), "an answer twice"
+    assert "missing.jsonl" in error_of(folder, rationales=[tmp_path / "missing.jsonl"])
+    for bad in ('{"rationale": "r"}', '{"id": 1}', '{"id": "x1", "rationale": 1}', "nonsense"):
+        write(other, bad)
+        assert f"{other}:1" in error_of(folder, rationales=[other])
+
+
+def test_demo_is_there_whatever_the_working_directory(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(get_task("demo").labels) > 1
+    for split in ("train", "valid", "test"):
+        assert load_dataset("demo", split)[0].label in get_task("demo").labels
+
+
+# ---- Completions
+
+
+@pytest.fixture
+def free(tmp_path: Path) -> str:
+    """A folder where any text is a label."""
+    write(tmp_path / "train.jsonl", *(example(i, f"label {i}") for i in range(30)))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> str:
+    write(tmp_path / "train.jsonl", example(1))
+    labels = ["yes", "no", "yes, in part", "v1.0 (old). Beta", "no-go"]
+    write(tmp_path / "task.json", {"labels": labels})
+    return str(tmp_path)
+
+
+SVAMP = [
+    ("84 / 2 = 42. The answer is (84 / 2).\n\nQ: x\nA: The answer is (9).", ("84 / 2 = 42.", "(84 / 2)")),
+    ("r The answer is (120 /", None),
+    ("r The answer is ((415 - 309) - (41", None),
+    ("r The answer is (9 - 2) * (3", None),
+    ("r The answer is 42.", None),
+    ("r The answer is (n - 3).", None),
+    ("r The answer is (1 / 0).", None),
+    ("r The answer is (9**9**9).", None),
+    ("r The answer is", None),
+    ("r", None),
+    ("", None),
+    ("\n\nQ: invented The answer is (3).", None),
+    ("r\n\nQ: invented\nA: The answer is (3).", None),
+    ("The answer is (3).", ("", "(3)")),
+    ("r The answer is\n( 84.0 / 2.0 ) points. It is (3).", ("r", "( 84.0 / 2.0 )")),
+    ("r The answer is (84 / 2). This is (42).", ("r", "(84 / 2)")),
+    ("r The answer is (84 / 2) = 42.", ("r", "(84 / 2)")),
+    ("r The answer is (3). So The answer is (4).", None),
+    ("r The answer is (3). The answer is (3).", ("r", "(3)")),
+    ("r The answer is (3).\n\nAnother. The answer is (4).", ("r", "(3)")),
+    ("first\n\nthen The answer is (3).", ("first\n\nthen", "(3)")),
+    ("The answer is easy. The answer is (3).", ("The answer is easy.", "(3)")),
+    ("r The answer is ( (2 + 3) * 4 ).", ("r", "( (2 + 3) * 4 )")),
+]
+CQA = [
+    ("r So the answer is (d) math problem.\n\nQ: x", ("r", "math problem")),
+    ("r So the answer is (d) math problem. It is not (a) park.", ("r", "math problem")),
+    ("r So the answer is (a) ocean or (b) sea.", None),
+    ("r So the answer is either (a) ocean or (b) sea.", None),
+    ("r So the answer is one of these four.", None),
+    ("r So the answer is (e) Washington D.C.\n\n", ("r", "Washington D.C")),
+    ("r So the answer is (b) good luck!\n\n", ("r", "good luck!")),
+    ("r So the answer is (b) if possible..", ("r", "if possible.")),
+    ("r So the answer is (a) (this makes no sense).", ("r", "(this makes no sense)")),
+    ("r So the answer is (a)", None),
+    ("r So the answer is (a) .", None),
+]
+ESNLI = [
+    ("r\nAnswer: neutral\n\nPremise: x\nAnswer: entailment", ("r", "neutral")),
+    ("r Answer: neutral Premise: x", ("r", "neutral")),
+    ("r\nAnswer: neutral.", ("r", "neutral")),
+    ("r\nAnswer: neutral or contradiction", None),
+    ("r\nAnswer: maybe", ("r", "maybe")),
+    ("r\nAnswer:", None),
+    ("r So the answer is **entailment**.", ("r", "entailment")),
+]
+ANLI = [
+    ("r So the answer is contradiction.\n\nPremise: x", ("r", "contradiction")),
+    ("r The answer is neutral. I hope this helps.", ("r", "neutral")),
+    ("r So the answer is neutral, because it is not said.", ("r", "neutral")),
+    ("r So the answer is neutral", ("r", "neutral")),
+    ("r So the answer is neutrality.", ("r", "neutrality")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "expected"),
+    [
+        (name, *case)
+        for name, cases in (("svamp", SVAMP), ("cqa", CQA), ("esnli", ESNLI), ("anli1", ANLI))
+        for case in cases
+    ],
+)
+def test_completions(name: str, completion: str, expected: tuple | None) -> None:
+    assert parse_completion(name, completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("r So the answer is yes.", ("r", "yes")),
+        ("r So the answer is yes. No doubt, no.", ("r", "yes")),
+        ("r So the answer is yes, in part.", ("r", "yes, in part")),
+        ("r So the answer is no-go.", ("r", "no-go")),
+        ("r So the answer is v1.0 (old). Beta.", ("r", "v1.0 (old). Beta")),
+        ("r So the answer is yes or no.", None),
+        ("r So the answer is yes.\nInput: x\nSo the answer is no.", ("r", "yes")),
+        ("r So the answer is yes.\n\nSo the answer is no.", ("r", "yes")),
+        ("r Thus\nso: So the\nanswer is yes.", ("r Thus\nso:", "yes")),
+        ("r AlSo the answer is yes.", None),
+    ],
+)
+def test_completions_of_a_closed_set(closed: str, completion: str, expected) -> None:
+    assert parse_completion(closed, completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "label"),
+    [
+        ("So the answer is a green hat.", "a green hat"),
+        ("So the answer is a green hat. It is not blue.", "a green hat"),
+        ("So the answer is 42. I hope this helps!", "42"),
+        ("So the answer is the U.S. Congress.", "the U.S. Congress"),
+        ("So the answer is Dr. Who (the second).", "Dr. Who (the second)"),
+        ("So the answer is version 1.2 (beta) of a.b.c.", "version 1.2 (beta) of a.b.c"),
+        ("So the answer is a hat.\nQuestion: x\nSo the answer is b.", "a hat"),
+    ],
+)
+def test_completions_of_free_text(free: str, completion: str, label: str) -> None:
+    assert parse_completion(free, f"r {completion}") == ("r", label)
+
+
+def test_answers_are_written_as_they_are_read(closed: str, free: str) -> None:
+    choices = "q\nAnswer Choices:\n(a) bridge\n(b) math (hard) \n(c) bridge\n(d) U.S. a.m."
+    assert format_answer("cqa", choices, "math (hard)") == "So the answer is (b) math (hard)."
+    assert format_answer("cqa", choices, "bridge") == "So the answer is (a) bridge."
+    assert format_answer("cqa", choices, "sea") == "So the answer is sea."
+    assert parse_completion("cqa", format_answer("cqa", choices, "sea")) is None
+    assert format_answer("svamp", "", "( 84.0 / 2.0 )") == "The answer is ( 84.0 / 2.0 )."
+    assert format_answer("svamp", "", "8.0") == "The answer is (8.0)."
+    assert format_answer("asdiv", "", "(1 + 2) * (3)") == "The answer is ((1 + 2) * (3))."
+    assert format_answer("svamp", "", "( 0 )") == "The answer is ( 0 )."
+    assert format_answer("esnli", ("p", "h"), "neutral") == "Answer: neutral"
+    assert format_answer("anli1", ("p", "h"), "neutral") == "So the answer is neutral."
+    assert format_answer(free, "", "a hat") == "So the answer is a hat."
+    for label in get_task(closed).labels:
+        assert parse_completion(closed, "r " + format_answer(closed, "", label)) == ("r", label)
+
+
+def test_hostile_completions_are_quick() -> None:
+    start = time.perf_counter()
+    for junk in ("(", " ", "\n", "\n ", ". ", "(1+", "The answer is (", "So the answer is (a) ",
+                 "Answer: neutral or ", "Q: ", "\0", "and (", "((1) and "):  # fmt: skip
+        for name in ("svamp", "cqa", "esnli", "anli1"):
+            parse_completion(name, junk * 20_000)
+            parse_completion(name, TASKS[name].marker + junk * 20_000)
+    assert time.perf_counter() - start < 10
+
+
+def test_text_is_right_when_equal_after_strip() -> None:
+    assert is_correct("cqa", " math problem\n", "math problem")
+    assert not is_correct("cqa", "Math problem", "math problem")
+    assert not is_correct("cqa", None, "math problem")
+
+
+# ---- Batches
+
+
+def test_steps_go_through_the_epochs() -> None:
+    orders = [np.random.default_rng([3, epoch]).permutation(10).tolist() for epoch in range(3)]
+    steps = [step_examples(10, 4, 3, step).tolist() for step in range(7)]
+    assert sum(steps, []) == sum(orders, [])[:28]
+    assert step_examples(3, 8, 3, 1).shape == (8,), "a step may be longer than an epoch"
+    assert step_examples(10, 4, 4, 0).tolist() != steps[0], "another seed, another order"
+
+
+def test_the_longest_rows_have_company_of_few() -> None:
+    sources, targets = np.array([10] * 12 + [100] * 4), np.array([5] * 16)
+    dealt = micro_batches(sources, targets, size=8, world=2)
+    sizes = [[len(piece) for piece in rank] for rank in dealt]
+    assert sum(map(sum, sizes)) == 16
+    costs = [len(p) * (sources[p].max() + 5) for rank in dealt for p in rank if len(p)]
+    assert max(costs) == 4 * 105, "not 8 * 105, as equal shares would have it"
+    assert micro_batches(sources[:1], targets[:1], 8, 3)[2][0].size == 0, "a rank without rows"
+
+
+def test_importing_data_loads_no_torch() -> None:
+    code = "import sys, data; print(sorted({'torch', 't5', 'dsbs', 'eval', 'train', 'teacher'} & {*sys.modules}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "[]", run.stderr
