@@ -4,7 +4,8 @@ Hsieh et al., 2023, https://arxiv.org/abs/2305.02301. From examples with a teach
 and labels this file makes what a student is trained on, and the loss it is trained with. It
 knows nothing of files, ranks or flags.
 
-Notation of Section 3.2: x input, y human label, y^ teacher's label, r^ teacher's rationale, f student.
+Notation of Section 3.2: x input, y human label, y^ and r^ the teacher's label and
+rationale, f student.
 """
 
 from collections.abc import Iterable
@@ -97,6 +98,8 @@ def make_rows(
 
 
 class Losses(NamedTuple):
+    """Scalars, float32."""
+
     label: Tensor  # L_label
     rationale: Tensor  # L_rationale, before lambda
     total: Tensor  # L

@@ -294,8 +294,9 @@ def read_inputs(path: str) -> list[Example]:
         try:
             row = json.loads(line)
             text = row["input"]
-            text = tuple(text) if isinstance(text, list) else text
-            if not (isinstance(text, str) or [type(t) for t in text] == [str, str]):
+            if isinstance(text, list) and [type(part) for part in text] == [str, str]:
+                text = tuple(text)
+            elif not isinstance(text, str):
                 raise TypeError("input is neither a string nor a pair of strings")
             examples.append(Example(str(row.get("id", i)), text, None, row.get("rationale")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -250,10 +250,13 @@ class GatedFeedForward(nn.Module):
 
 
 def feed_forward(config: T5Config) -> nn.Module:
+    """The one that `feed_forward_proj` names."""
     return (GatedFeedForward if config.feed_forward_proj == "gated-gelu" else FeedForward)(config)
 
 
 class EncoderBlock(nn.Module):
+    """Self-attention, then feed-forward, each on a normed copy added back to the stream."""
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
@@ -287,6 +290,8 @@ class Cache:
 
 
 class DecoderBlock(nn.Module):
+    """Causal self-attention, attention over the encoder's output, feed-forward."""
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,8 @@ class Config:
 MAY_CHANGE = {"save_every", "micro_batch", "parallel"}
 
 
-def one_of(flag: str, value: str, allowed) -> None:
+def one_of(flag: str, value: str, allowed: Iterable[str]) -> None:
+    """UserError unless the flag's value is an allowed one."""
     if value not in allowed:
         raise UserError(f"--{flag} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
@@ -238,6 +239,7 @@ def lock(folder: Path, held: contextlib.ExitStack) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Of a file's contents."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -332,6 +334,7 @@ def save_student(model: nn.Module, folder: Path, vocabulary: Path, about: dict, 
 
 
 def model_card(c: Config, step: int, accuracy: float) -> str:
+    """The `README.md` of a student folder."""
     return f"""# T5 student, {Path(c.dataset).name}, {c.method}
 
 Trained with Distilling Step-by-Step (Hsieh et al., 2023, https://arxiv.org/abs/2305.02301).
@@ -348,6 +351,7 @@ Trained with Distilling Step-by-Step (Hsieh et al., 2023, https://arxiv.org/abs/
 
 
 def fsync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -498,6 +502,7 @@ def parallelize(model: nn.Module, parallel: str) -> nn.Module:
 
 
 def missing_weights(c: Config) -> None:
+    """UserError with the download command where the weights folder does not exist."""
     if c.weights != "random" and not Path(c.weights).is_dir():
         name = f"google/t5-v1_1-{c.size}"
         raise UserError(
@@ -542,6 +547,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def to_tensors(batch: dict, device: torch.device) -> dict[str, Tensor]:
+    """`collate`'s arrays on the device."""
     return {key: torch.from_numpy(array).to(device) for key, array in batch.items()}
 
 

@@ -1,0 +1,181 @@
+"""Predicting and scoring: against transformers, at several world sizes, from the command line."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_jsonl, run
+
+import eval as evaluation
+import train
+from data import Example, Tokenizer, load_dataset
+from dsbs import METHODS, make_source
+from eval import evaluate, generate_texts, load_student, predict
+
+CPU = torch.device("cpu")
+QUICK = "--steps 30 --batch-size 12 --eval-every 15 --lr 3e-3".split()
+
+
+@pytest.fixture(scope="module")
+def students(small_task, tmp_path_factory):
+    """A quickly trained student of each method, in the test's own process."""
+    folder = tmp_path_factory.mktemp("students")
+    for method in METHODS:
+        args = ["--dataset", str(small_task), "--method", method, "--out", str(folder / method)]
+        assert train.main([*args, *QUICK]) == 0
+    return folder
+
+
+@pytest.fixture
+def ask(capsys, monkeypatch):
+    """eval.py's command line in this process: its output, after it exits with `check`."""
+
+    def ask(*words, check=0, stdin=None):
+        if stdin is not None:
+            monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        status = evaluation.main([str(word) for word in words])
+        done = capsys.readouterr()
+        assert status == check, done
+        return done
+
+    return ask
+
+
+def jsonl_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# ------------------------------------------------------------------------------- transformers
+
+
+def test_transformers_loads_a_student_unchanged(students, small_task):
+    """AutoTokenizer and AutoModelForSeq2SeqLM give eval.py's ids and test predictions."""
+    transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
+    for dataset, method in ((str(small_task), "step-by-step"), (str(small_task), "standard")):
+        folder = students / method / "best"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+        ours = Tokenizer(folder / "spiece.model")
+        sources = [make_source(e, method) for e in load_dataset(dataset, "test")]
+        assert [tokenizer(s).input_ids for s in sources] == ours.encode_batch(sources)
+        assert len(tokenizer) == ours.vocab_size
+        batch = tokenizer(sources, return_tensors="pt", padding=True)
+        tokens = model.generate(**batch, max_new_tokens=64, do_sample=False, num_beams=1)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        assert texts == [r["prediction"] for r in read_jsonl(students / method / "predictions.jsonl")]
+
+
+# ---------------------------------------------------------------------------------- prediction
+
+
+def test_each_source_once_and_in_order(students):
+    """Ragged sources, batches of 3, against one source at a time."""
+    student = load_student(students / "step-by-step" / "best", CPU, "fp32")
+    sources = ["x " * n for n in (5, 1, 40, 2, 2, 17, 3)] + [("a b", "c"), ""]
+    together = generate_texts(student, sources, 8, batch_size=3)
+    assert together == [generate_texts(student, [s], 8)[0] for s in sources]
+    assert not student.model.training
+
+
+def test_world_size_does_not_change_predictions(students, small_task, tmp_path):
+    """Seven examples on 1, 2 and 3 processes: every one scored once, in the data set's order."""
+    student = students / "step-by-step" / "best"
+    texts = []
+    for processes in (1, 2, 3):
+        out = tmp_path / f"{processes}.jsonl"
+        done = run("eval.py", student, "--out", out, processes=processes)
+        assert jsonl_of(done.stdout)[-1]["n"] == 7
+        texts.append(out.read_text())
+    assert texts[0] == texts[1] == texts[2]
+    test = load_dataset(str(small_task), "test")
+    assert [row["id"] for row in jsonl_of(texts[0])] == [e.id for e in test]
+
+
+def test_eval_gives_the_runs_own_test_accuracy(students, ask):
+    for method in METHODS:
+        done = ask(students / method / "best")
+        last = jsonl_of(done.out)[-1]
+        result = json.loads((students / method / "result.json").read_text())
+        assert last["accuracy"] == result["test_accuracy"] and last["split"] == "test"
+        ours = students / method / "best" / "predictions.jsonl"
+        assert ours.read_text() == (students / method / "predictions.jsonl").read_text()
+        ours.unlink()
+
+
+def test_single_task_is_parsed_back_and_never_guessed(students, small_task, monkeypatch):
+    student = load_student(students / "single-task" / "best", CPU, "fp32")
+    texts = ["Snow is white. So the answer is white.", "Snow is white", "So the answer is"]
+    monkeypatch.setattr(evaluation, "generate_texts", lambda *a, **k: texts)
+    examples = [Example(str(i), "?", "white") for i in range(3)]
+    rows = predict(student, examples, explain=True)
+    assert [row["prediction"] for row in rows] == ["white", "", ""]
+    assert rows[0]["rationale"] == "Snow is white."
+    summary, rows = evaluate(student, examples)
+    assert summary["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_scored_on_human_labels_else_the_teachers(students):
+    student = load_student(students / "standard" / "best", CPU, "fp32")
+    examples = [Example(str(i), "What is the colour of sky?", None, None, "blue") for i in range(3)]
+    assert evaluate(student, examples)[0]["labels"] == "teacher"
+    examples[0].label = "blue"
+    summary, _ = evaluate(student, examples)
+    assert summary["labels"] == "human" and summary["n"] == 1
+    with pytest.raises(ValueError, match="nothing to score"):
+        evaluate(student, [Example("a", "x", None)])
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def test_predict_reads_json_lines_and_plain_text(ask, students, tmp_path):
+    student = students / "step-by-step" / "best"
+    test = [{"id": "p", "input": "What is the colour of sky?"}, {"input": ["snow", "grass"]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
+    done = ask(student, "--predict", tmp_path / "in.jsonl", "--explain")
+    rows = jsonl_of(done.out)
+    assert [row["id"] for row in rows] == ["p", "2"]
+    assert all(set(row) == {"id", "prediction", "rationale"} for row in rows)
+    plain = "What is the colour of sky?\n\nWhat is the colour of snow?\n"
+    rows = jsonl_of(ask(student, "--predict", "-", stdin=plain).out)
+    assert [row["id"] for row in rows] == ["1", "3"]
+    assert rows[0]["prediction"] == jsonl_of(done.out)[0]["prediction"]
+    assert ask(student, "--predict", "-", stdin="").out == ""
+
+
+@pytest.mark.parametrize("line, reason", [
+    ('{"id": "a"}', "'input'"), ('{"input": 3}', "input is neither"), ("nonsense", "Expecting value"),
+])  # fmt: skip
+def test_bad_lines_to_predict(ask, students, tmp_path, line, reason):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"input": "fine"}\n' + line + "\n")
+    done = ask(students / "standard" / "best", "--predict", path, check=2)
+    assert f"{path}:2:" in done.err and reason in done.err and done.out == ""
+
+
+def test_explain_needs_a_student_that_learnt_to(ask, students):
+    done = ask(students / "standard" / "best", "--predict", "-", "--explain", stdin="x",
+               check=2)  # fmt: skip
+    assert "trained with standard" in done.err and "step-by-step" in done.err
+
+
+@pytest.mark.parametrize("missing", ["dsbs.json", "config.json", "spiece.model", "model.safetensors"])
+def test_a_folder_that_is_no_student(ask, students, tmp_path, missing):
+    folder = shutil.copytree(students / "standard" / "best", tmp_path / "student")
+    (folder / missing).unlink()
+    done = ask(folder, check=2)
+    assert missing in done.err and done.err.count("\n") == 1
+    assert "not a folder" in ask(tmp_path / "none", check=2).err
+
+
+def test_majority_and_accuracy_are_what_numpy_says(students, small_task):
+    result = json.loads((students / "standard" / "result.json").read_text())
+    train_labels = [e.label for e in load_dataset(str(small_task), "train")]
+    values, counts = np.unique(train_labels, return_counts=True)
+    assert sorted(counts)[-1] == 6  # each of four colours: the first in the file is chosen
+    gold = [e.label for e in load_dataset(str(small_task), "test")]
+    assert result["majority_accuracy"] == pytest.approx(np.mean(np.array(gold) == train_labels[0]))
