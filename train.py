@@ -268,7 +268,7 @@ def provenance(c: Config) -> dict:
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     random = c.weights == "random"
     return {
-        "data_sha256": {str(p): sha256(p) for p in sorted(paths)},
+        "data_sha256": {str(p): sha256(p) if p.exists() else None for p in sorted(paths)},
         "weights_sha256": {"spiece.model": sha256(DEMO_VOCABULARY)} if random
         else weights_hashes(Path(c.weights)),
         "git_sha": git.stdout.strip() or None,
@@ -624,7 +624,7 @@ def log_line(c: Config, m: dict, seconds_left: float) -> str:
     return line + (f"  valid {m['valid_accuracy']:.4f}" if "valid_accuracy" in m else "")
 
 
-def train(c: Config, out: Path, data: Data) -> None:
+def train(c: Config, out: Path, data: Data, model: nn.Module) -> None:
     """From the first step, or the last saved one, to the last; leaves `best/` and `last/`.
 
     Raises TrainingError where a loss or gradient is not finite, SystemExit(143 or 130) after
@@ -632,7 +632,7 @@ def train(c: Config, out: Path, data: Data) -> None:
     """
     rank, world = rank_and_world()
     device = torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
-    model = build_model(c, data.tokenizer).to(device).train()
+    model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
     state = load_state(out, model, optimizer)
     done, best, best_step, metrics_bytes = 0, -1.0, 0, 0
@@ -831,13 +831,18 @@ def run(given: dict) -> None:
             lock(out, held)
             return open_run(c, out, about, resume)
 
-        result = agreed(claim)
+        # A run that is there is looked at first; a new one claims its folder once all is read.
+        exists = agreed((out / "run.json").exists)
+        result = agreed(claim) if exists else None
         if result:
             print0(f"{out} is finished; to repeat it elsewhere:\n  {command(c, f'{out}-2')}")
         else:
-            print0(f"run folder: {out}")
             data = prepare(c)
-            train(c, out, data)
+            model = build_model(c, data.tokenizer)
+            if not exists:
+                agreed(claim)
+            print0(f"run folder: {out}")
+            train(c, out, data, model)
             result = finish(c, out, data)
         show_result(c, out, result)
 

@@ -1,0 +1,125 @@
+"""What a user may type wrong: one line with the value, what is allowed and the remedy, exit status
+2, nothing written, nothing lost."""
+
+import json
+import shutil
+
+import pytest
+
+import train
+from t5 import T5, T5Config
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path, monkeypatch):
+    """Runs train.py's command line in an empty folder; gives the one line that it refuses with."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*words, status=2):
+        before = sorted(p for p in tmp_path.rglob("*"))
+        capsys.readouterr()
+        assert train.main([str(word) for word in words]) == status
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert sorted(p for p in tmp_path.rglob("*")) == before, "nothing is written"
+        return error
+
+    return refuse
+
+
+@pytest.mark.parametrize("words, parts", [
+    ("--size huge", ["'huge'", "tiny, small, base, large, xl, xxl"]),
+    ("--method magic", ["'magic'", "standard, step-by-step, single-task, rationale-input"]),
+    ("--labels robot", ["'robot'", "human, teacher"]),
+    ("--prefixes none", ["'none'", "paper, released"]),
+    ("--dataset imdb", ["'imdb'", "svamp", "folder holding train.jsonl"]),
+    ("--dataset asdiv", ["asdiv", "augment"]),
+    ("--device tpu9", ["'tpu9'", "allowed: cpu"]),
+    ("--device cuda:77", ["'cuda:77'", "allowed: cpu"]),
+    ("--precision fp16", ["'fp16'", "fp32, bf16"]),
+    ("--parallel magic", ["'magic'", "ddp"]),
+    ("--fraction 0", ["--fraction 0", "above 0 and at most 1"]),
+    ("--fraction 1.5", ["1.5", "above 0 and at most 1"]),
+    ("--fraction nan", ["nan"]),
+    ("--lr nan", ["--lr nan", "a positive number"]),
+    ("--lr -1", ["-1"]),
+    ("--lam -0.5", ["-0.5"]),
+    ("--dropout 1", ["--dropout 1", "below 1"]),
+    ("--steps 0", ["--steps 0", "at least 1"]),
+    ("--batch-size -4", ["--batch-size -4"]),
+    ("--eval-every 0", ["--eval-every 0"]),
+    ("--seed -1", ["--seed -1"]),
+    ("--size base --dataset demo", ["weights/t5-v1_1-base", "hf download google/t5-v1_1-base"]),
+    ("--weights nowhere", ["nowhere", "hf download"]),
+    ("--dataset svamp", ["svamp_train.json", "github.com/google-research/distilling-step-by-step"]),
+    ("--rationales human", ["'human'", "demo", "files"]),
+    ("--rationales palm", ["'palm'", "demo", "files"]),
+    ("--rationales nowhere.jsonl", ["nowhere.jsonl"]),
+])  # fmt: skip
+def test_flags(refuse, words, parts):
+    error = refuse(*words.split())
+    assert all(part in error for part in parts), error
+
+
+def write(folder, rows, name="train"):
+    folder.mkdir(exist_ok=True)
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(text)
+
+
+def row(i, **more):
+    return {"id": f"r{i}", "input": f"x {i}", "label": "yes", "rationale": "because", **more}
+
+
+@pytest.mark.parametrize("bad, reason", [
+    ("{oops", "a line looks like"), ("[1]", "not a JSON object"), (row(0), "duplicate ids"),
+    (row(9, label="maybe"), "'maybe'"), (row(9, input=7), "7"), ({"input": "x"}, "id"),
+    (row(9, label=3), "3"),
+])  # fmt: skip
+def test_data(refuse, tmp_path, bad, reason):
+    folder = tmp_path / "mine"
+    write(folder, [row(i) for i in range(3)] + [bad])
+    (folder / "task.json").write_text('{"labels": ["yes", "no"]}')
+    error = refuse("--dataset", "mine")
+    assert reason in error and "train.jsonl" in error
+    assert "duplicate" in reason or ":4:" in error, "the line is named"
+
+
+def test_empty_splits_and_missing_labels(refuse, tmp_path):
+    write(tmp_path / "empty", [])
+    assert "empty" in refuse("--dataset", "empty")
+    write(tmp_path / "one", [row(1)])  # a tenth of one example is one: nothing is left to train on
+    assert "empty" in refuse("--dataset", "one")
+    write(tmp_path / "novalid", [row(i) for i in range(4)])
+    write(tmp_path / "novalid", [], "valid")
+    assert "empty" in refuse("--dataset", "novalid")
+    write(tmp_path / "bare", [row(i, rationale=None) for i in range(12)])
+    assert "needs rationales" in refuse("--dataset", "bare")
+    assert "teacher label" in refuse("--dataset", "bare", "--method", "standard", "--labels", "teacher")
+    write(tmp_path / "bad", [row(i) for i in range(12)])
+    (tmp_path / "bad" / "task.json").write_text('{"scorer": "bleu"}')
+    assert "bleu" in refuse("--dataset", "bad")
+
+
+def test_a_rationale_file_for_another_dataset(refuse, tmp_path):
+    write(tmp_path / "mine", [row(i) for i in range(12)])
+    write(tmp_path / "other", [row(100 + i, teacher_label="yes") for i in range(3)])
+    error = refuse("--dataset", "mine", "--rationales", "other/train.jsonl")
+    assert "other/train.jsonl" in error and "another" in error
+
+
+def test_weights_folders(refuse, tmp_path):
+    shape = dict(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    T5(T5Config(vocab_size=64, **shape)).save_pretrained(tmp_path / "w")
+    assert "spiece.model" in refuse("--weights", "w")
+    shutil.copy(train.DEMO_VOCABULARY, tmp_path / "w" / "spiece.model")
+    assert "vocab_size 64 is smaller" in refuse("--weights", "w")
+    (tmp_path / "w" / "config.json").unlink()
+    assert "config.json" in refuse("--weights", "w")
+    (tmp_path / "w" / "spiece.model").write_bytes(b"nonsense")
+    assert "not a SentencePiece model" in refuse("--weights", "w")
+
+
+def test_a_folder_that_can_not_be_written(refuse, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file/run" in refuse("--out", tmp_path / "file" / "run")
