@@ -177,11 +177,13 @@ def _folder_task(name: str, folder: Path, *times: int) -> Task:
     if path.is_file():
         try:
             facts = json.loads(path.read_bytes())
-            labels, marker = facts.get("labels"), facts.get("marker", "marker")
-            texts = [marker] if labels is None else [marker, *labels]
-            assert all(isinstance(text, str) and text.strip() for text in texts) and labels != []
-            assert facts.get("scorer", "text") in ("text", "arithmetic")
-        except (ValueError, AttributeError, TypeError, AssertionError):
+            labels = ["free text"] if facts.get("labels") is None else facts["labels"]
+            texts = [facts.get("marker", "marker"), *labels]
+            if not (isinstance(labels, list) and labels and all(map(str.strip, texts))):
+                raise ValueError("labels or marker")
+            if facts.get("scorer", "text") not in ("text", "arithmetic"):
+                raise ValueError("scorer")
+        except (ValueError, AttributeError, TypeError):
             raise UserError(
                 f'{path} is not {{"labels": a list of texts or null, "scorer": "text" or '
                 f'"arithmetic", "marker": a text}}: {path.read_bytes()[:200]!r}'
@@ -299,6 +301,7 @@ def _read(path: Path, make: Callable, record: str = "{...}", source: str = "") -
                 made = make(value)
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else error
+                reason = getattr(error, "msg", reason)  # JSON's own line and column would confuse
                 raise UserError(f"{path}:{number}: {reason}; a line looks like {record}") from None
             yield made
 
@@ -430,7 +433,8 @@ def parse_completion(name: str, completion: str) -> tuple[str, str] | None:
     text = INVENTED.split(completion.strip(), maxsplit=1)[0]
     end, found = len(text), None
     for match in _marker(task.marker, *task.also).finditer(text):
-        if match.start() < end and (label := _answer(task, text, match.end(), end)):
+        window = match.end(), min(end, match.end() + MAX_LENGTH)
+        if match.start() < end and (label := _answer(task, text, *window)):
             if found and label != found[1]:
                 return None
             if not found:
@@ -472,13 +476,10 @@ def _expression(text: str, start: int, end: int) -> str | None:
     run = match[1].strip() if match else ""
     if run.count("(") > run.count(")") or not run.startswith("(") or run[-1] in "+-*/":
         return None  # cut off: "(120 /", "(9 - 2) * (3"
-    run, depth = run.split("and")[-1].strip(), 0
-    for i, character in enumerate(run):
-        depth += (character == "(") - (character == ")")
-        if depth < 0:  # a parenthesis around the sentence or the whole list
-            run = run[:i]
-            break
-    label = run[: run.rfind(")") + 1]
+    label = run.split("and")[-1].strip()
+    label = label[: label.rfind(")") + 1]
+    while label.count(")") > label.count("("):  # one around the sentence or the whole list
+        label = label[: label.rfind(")", 0, -1) + 1]
     return label if evaluate_arithmetic(label) is not None else None
 
 
@@ -489,10 +490,8 @@ def format_answer(name: str, input: Text, label: str) -> str:
     'The answer is (84 / 2).'
     """
     task, label = get_task(name), label.strip()
-    if task.scorer == "arithmetic":
-        # "(1 + 2) * (3)" has both parentheses but not around it.
-        wrapped = label.startswith("(") and label.endswith(")") and evaluate_arithmetic(label[1:-1])
-        label = f"({label})" if wrapped in (False, None) else label
+    if task.scorer == "arithmetic" and not (label.startswith("(") and label.endswith(")")):
+        label = f"({label})"
     if name == "cqa" and label in (choices := _choices(input)):
         label = f"({LETTERS[choices.index(label)]}) {label}"
     return f"{task.marker} {label}{task.end}"
@@ -619,13 +618,13 @@ def tokenize_rows(
     """Tokenise, once. Where a pair (rationale, answer) is too long, rationale tokens go, from the
     rationale's end; the answer and EOS stay, whatever the limit."""
 
-    def cut_source(source: Text) -> list[int]:
-        return tokenizer.encode(source, max_source)
+    def cut_source(i: int) -> list[int]:
+        return tokenizer.encode(rows[i].source, max_source)
 
-    def cut_target(target: str | tuple[str, str]) -> list[int]:
-        if isinstance(target, str):
-            return tokenizer.encode(target, max_target)
-        rationale, answer = tokenizer.ids(target)
+    def cut_target(i: int) -> list[int]:
+        if isinstance(rows[i].target, str):
+            return tokenizer.encode(rows[i].target, max_target)
+        rationale, answer = tokenizer.ids(rows[i].target)
         room = max(0, max_target - len(answer) - 1)
         return [*rationale[:room], *answer, tokenizer.eos_id]
 
@@ -634,10 +633,10 @@ def tokenize_rows(
     tasks = np.array([row.task == "rationale" for row in rows], np.uint8)
     assert tasks[0] == 0, "an example begins with its label row"
     example = np.cumsum(tasks == 0, dtype=np.int32) - 1
-    sources, targets = (row.source for row in rows), (row.target for row in rows)
-    source = _pack(sources, lambda source: source, max_source, cut_source, tokenizer)
-    joined = lambda target: target if isinstance(target, str) else " ".join(target)  # noqa: E731
-    target = _pack(targets, joined, max_target, cut_target, tokenizer)
+    sources = (row.source for row in rows)
+    targets = (t if isinstance(t, str) else " ".join(t) for _, _, t in rows)
+    source = _pack(sources, tokenizer, max_source, cut_source)
+    target = _pack(targets, tokenizer, max_target, cut_target)
     unknown = sum(int((ids == tokenizer.unk_id).sum()) for ids in (source[0], target[0]))
     return TokenRows(
         tasks, *source[:2], *target[:2], example, int(example[-1]) + 1, source[2], target[2],
@@ -646,15 +645,14 @@ def tokenize_rows(
 
 
 def _pack(
-    texts: Iterator, join: Callable, limit: int, cut: Callable, tokenizer: Tokenizer
+    texts: Iterator[Text], tokenizer: Tokenizer, limit: int, cut: Callable[[int], list[int]]
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """(flat ids, offsets, number that were cut), with few ids as Python integers at one time."""
     flat, lengths, n_cut = [], [0], 0
-    while chunk := list(islice(texts, 4096)):
-        batch = tokenizer.encode_batch([join(text) for text in chunk])
-        for i, text in enumerate(chunk):
-            if len(batch[i]) > limit:
-                batch[i], n_cut = cut(text), n_cut + 1
+    while batch := tokenizer.encode_batch(list(islice(texts, 4096))):
+        for i, ids in enumerate(batch):
+            if len(ids) > limit:
+                batch[i], n_cut = cut(len(lengths) - 1 + i), n_cut + 1
         lengths += map(len, batch)
         flat.append(np.fromiter(chain.from_iterable(batch), np.int32))
     return np.concatenate(flat), np.cumsum(lengths), n_cut

@@ -19,6 +19,8 @@ Numbers: weights, norms, residual stream and softmax are float32; under autocast
 mixed precision) the matrix products, and nothing else, run in bfloat16.
 """
 
+from __future__ import annotations  # fields' types as text
+
 import json
 import math
 import os
@@ -30,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -96,27 +98,27 @@ class T5Config:
             self.num_decoder_layers = self.num_layers
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_word_embeddings
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(getattr(self, field.name))
+            want = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+            if kind not in want[field.type.split(" ")[0]]:
+                raise ValueError(f"{field.name} {value!r} in the config must be {field.type}")
+            if kind is int and value < (0 if field.name.endswith("_id") else 1):
+                raise ValueError(f"{field.name} {value} in the config must be positive")
         if self.feed_forward_proj not in ACTIVATIONS:
             raise ValueError(
                 f"feed_forward_proj {self.feed_forward_proj!r} is not implemented; "
                 f"allowed: {', '.join(ACTIVATIONS)}"
             )
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(getattr(self, field.name))
-            want = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-            if kind not in want[str(getattr(field.type, "__name__", field.type)).split(" ")[0]]:
-                raise ValueError(f"{field.name} {value!r} in the config is not of type {field.type}")
-            if kind is int and value < (0 if field.name.endswith("_id") else 1):
-                raise ValueError(f"{field.name} {value} in the config must be positive")
 
     @classmethod
-    def preset(cls, size: str, **changes) -> "T5Config":
+    def preset(cls, size: str, **changes) -> T5Config:
         """The v1.1 shape named `size` (a key of PRESETS), with `changes` to single fields."""
         v11 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
         return cls(**{**v11, **PRESETS[size], **changes})
 
     @classmethod
-    def from_dict(cls, raw: dict) -> "T5Config":
+    def from_dict(cls, raw: dict) -> T5Config:
         """From a parsed `config.json`.
 
         Raises ValueError for a key that would change the mathematics and is not implemented;
@@ -433,7 +435,7 @@ class T5(nn.Module):
         return torch.cat(tokens, dim=1) if tokens else input_ids.new_zeros((rows, 0))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "T5":
+    def from_pretrained(cls, folder: str | os.PathLike) -> T5:
         """A model in `eval()` mode, float32, on the CPU, from a Hugging Face folder: `config.json`
         and `model.safetensors` or `pytorch_model.bin`, each single or sharded with an index.
 
@@ -482,7 +484,10 @@ class T5(nn.Module):
             weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
             size = sum(t.nbytes for t in tensors.values())
             write_json(index, {"metadata": {"total_size": size}, "weight_map": weight_map})
-            (folder / "model.safetensors").unlink(missing_ok=True)
+        # Last, when nothing needs them any more: the files of an earlier save.
+        for old in {folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")}:
+            if old.name not in names:
+                old.unlink(missing_ok=True)
         write_json(folder / "config.json", self.config.to_dict())
 
 
@@ -549,7 +554,7 @@ def read_config(folder: Path) -> T5Config:
         raise ValueError(
             f"{folder} has no config.json: give a folder in Hugging Face's layout"
         ) from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
@@ -563,8 +568,9 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Callable[[], Te
         index = folder / f"{single}.index.json"
         if index.exists():
             try:
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                named = set(json.loads(index.read_text())["weight_map"].values())
+                shards = sorted(Path(name).name for name in named)
+            except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{index} is damaged: {error!r}") from None
             break
     else:
@@ -578,10 +584,11 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Callable[[], Te
             readers.update(read_file(folder / shard, files))
         except FileNotFoundError:
             raise ValueError(f"{folder / shard} is missing, though the index names it") from None
-        except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
+        except Exception as error:  # damaged bytes raise a dozen kinds
+            reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on: turn the guard off
             raise ValueError(
-                f"{folder / shard} is truncated or damaged, fetch it again: {reason}"
+                f"{folder / shard} is truncated, damaged or holds more than tensors; "
+                f"fetch it again ({type(error).__name__}: {reason!r})"
             ) from None
     return readers
 
@@ -596,7 +603,9 @@ def read_file(path: Path, files: ExitStack) -> Iterator[tuple[str, Callable[[], 
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # torch >= 1.6; only these can be memory-mapped
     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
+    ):
         raise ValueError("not a mapping from names to tensors")
     for name, tensor in tensors.items():
         yield name, lambda tensor=tensor: tensor
@@ -642,7 +651,7 @@ def show(names: list[str], most: int = 12) -> str:
     if not names:
         return "nothing"
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} ({', '.join(names[:most])}{rest})"
+    return f"{len(names)} ({', '.join(map(repr, names[:most]))}{rest})"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -4,10 +4,14 @@ Everything here is synthetic and made by this script alone: `python demo/make_de
 same bytes every time. It must not know torch, students or training.
 
 The task. A request mentions four facts, each in one of many wordings: how long ago the thing was
-bought, whether it is sealed, opened or faulty, what it is (personal or household), and whether the
-customer is a member. `policy` turns the facts into one of four decisions. A student sees the
+bought, whether it is sealed or opened, whether it is for personal or household use, and whether
+the customer is a member. `policy` turns the facts into one of four decisions. A student sees the
 request alone; the rationale names the facts in plain terms and the rule that follows from them.
+
+Besides the three splits it writes `pool.jsonl`, requests without a label but with the good
+teacher's answers, and `weak.jsonl`, a worse teacher's answers to the requests of the splits.
 """
+
 import argparse
 import io
 import json
@@ -25,7 +29,7 @@ PREFIXES = ["[label]", "[rationale]", "predict:", "explain:"]
 # Shares of wrong and of unparsable answers. The good teacher is about as sound as a large model
 # on an easy task; the weak one is wrong on more than a quarter and says less.
 GOOD, WEAK = {"wrong": 0.065, "unparsable": 0.015}, {"wrong": 0.27, "unparsable": 0.06}
-VOCABULARY = 508  # 94 printable characters, 256 bytes, the rest words of the task
+VOCABULARY = 512  # at most: 256 bytes, 94 printable characters, about 150 words
 
 # How each fact is said. Days since the purchase, by the words for them; 30 days are in time.
 DAYS = {
@@ -36,11 +40,9 @@ DAYS = {
 }
 STATES = {
     "sealed": ["The seal is not broken.", "The box was never opened.", "It is still wrapped.",
-               "Nobody has tried it yet.", "It has not been used."],
+               "Nobody has tried it yet.", "The tape is on the box."],
     "opened": ["The seal is broken.", "The box was opened.", "It is no longer wrapped.",
-               "Somebody has tried it once.", "It has been used twice."],
-    "faulty": ["It came broken.", "There is a crack in it.", "It never worked as it should.",
-               "A part is missing.", "It was damaged in the box."],
+               "Somebody has tried it once.", "The tape is off the box."],
 }
 ITEMS = {
     "personal": ["razor", "toothbrush", "lipstick", "swimsuit", "hairbrush", "perfume"],
@@ -50,35 +52,31 @@ MEMBERS = {
     True: ["Member for two years.", "Has our loyalty card.", "Joined the club in May.",
            "Collects points with us."],
     False: ["Not a member.", "Has no loyalty card.", "Did not want to join the club.",
-            "Ordered as a guest."],
+            "Is new to us."],
 }
 # Said in passing; none of it matters to the policy.
-GREETINGS = ["Hello.", "Good morning.", "Dear shop,", "Hi there."]
-BOUGHT = ["I bought a {item} {time}.", "I ordered this {item} from you {time}.",
+GREETINGS = ["Hello.", "Good morning.", "Dear shop,"]
+BOUGHT = ["I bought a {item} {time}.", "I ordered this {item} {time}.",
           "This {item} is from your shop, I got it {time}."]
-ASIDES = ["It was a gift for my sister.", "I do not like the colour.", "It is too big for us.", ""]
+ASIDES = ["It was a gift.", "I do not like the colour.", "It is too big for us.", ""]
 WISHES = ["Can I bring it back?", "I would like my money.", "Please help me."]
 REMARKS = ["Has the receipt.", "Paid in cash.", "Wrote to us.", ""]
 
 
 def policy(facts: dict) -> tuple[str, str]:
-    """The shop's rules, the first that fits: (decision, the rule in words)."""
-    in_time, state, member = facts["days"] <= 30, facts["state"], facts["member"]
-    if state == "faulty":
-        if in_time:
-            return "refund", "A faulty item in time earns a refund."
-        return "exchange", "A faulty item that comes late earns an exchange."
-    if not in_time:
-        if member:
-            return "voucher", "A member who comes late earns a voucher."
-        return "refuse", "Late requests without membership we refuse."
-    if state == "sealed":
-        return "refund", "A sealed item in time earns a refund."
-    if facts["category"] == "personal":
-        return "refuse", "Opened personal items we refuse."
+    """The shop's decision and the rule that it follows from."""
+    in_time, member = facts["days"] <= 30, facts["member"]
+    if facts["state"] == "sealed" and in_time:
+        return "refund", "Sealed and in time earns a refund."
+    if facts["state"] == "sealed" and member:
+        return "exchange", "A member may exchange a sealed item late."
+    if facts["state"] == "sealed":
+        return "voucher", "For a late sealed item a guest gets a voucher."
+    if facts["category"] == "household" and in_time:
+        return "exchange", "An opened household item in time we exchange."
     if member:
-        return "exchange", "A member may exchange an opened household item."
-    return "voucher", "An opened household item without membership earns a voucher."
+        return "voucher", "For any other opened item a member gets a voucher."
+    return "refuse", "Any other opened item of a guest we refuse."
 
 
 def make_request(rng: random.Random) -> tuple[str, dict]:
@@ -100,28 +98,34 @@ def make_request(rng: random.Random) -> tuple[str, dict]:
 
 def misread(rng: random.Random, facts: dict) -> dict:
     """The facts with one of them read wrongly, such that the decision changes."""
-    wrong = [{**facts, "days": 60 if facts["days"] <= 30 else 14},
-             {**facts, "member": not facts["member"]},
-             {**facts, "category": "household" if facts["category"] == "personal" else "personal"}]
-    wrong += [{**facts, "state": state} for state in STATES]
-    return rng.choice([other for other in wrong if policy(other)[0] != policy(facts)[0]])
+    other = {"days": 60 if facts["days"] <= 30 else 14,
+             "state": "opened" if facts["state"] == "sealed" else "sealed",
+             "category": "household" if facts["category"] == "personal" else "personal",
+             "member": not facts["member"]}
+    wrong = [{**facts, key: value} for key, value in other.items()]
+    return rng.choice([seen for seen in wrong if policy(seen)[0] != policy(facts)[0]])
 
 
 def say_facts(facts: dict) -> list[str]:
     """The four facts in plain terms."""
-    return ["bought in time" if facts["days"] <= 30 else "bought too long ago", facts["state"],
-            f"a {facts['category']} item", "a member" if facts["member"] else "not a member"]
+    return ["in time" if facts["days"] <= 30 else "late", facts["state"], facts["category"],
+            "a member" if facts["member"] else "a guest"]
 
 
 def good_rationale(rng: random.Random, facts: dict) -> str:
-    return f"It was {', '.join(say_facts(facts))}. {policy(facts)[1]}"
+    """All facts and the rule; in one wording, so `rng` is not used."""
+    time, state, category, member = say_facts(facts)
+    return f"The {category} item is {state}, {time}, from {member}. {policy(facts)[1]}"
 
 
 def weak_rationale(rng: random.Random, facts: dict) -> str:
-    """Names one fact, no rule."""
-    opening = rng.choice(["I think the shop decides this.", "This looks like a usual request.", ""])
+    """One fact of the four, no rule."""
+    time, state, category, member = say_facts(facts)
+    fact = rng.choice([f"The request is {time}.", f"The item is {state}.",
+                       f"The item is {category}.", f"It is from {member}."])
+    opening = rng.choice(["I think this is a usual request.", "The shop decides this.", ""])
     closing = rng.choice(["That seems to settle it.", "I would go by that."])
-    return " ".join(filter(None, [opening, f"It says: {rng.choice(say_facts(facts))}.", closing]))
+    return " ".join(filter(None, [opening, fact, closing]))
 
 
 def teach(rng: random.Random, rows: list[dict], facts: list[dict], rates: dict, say) -> list[dict]:
@@ -150,15 +154,15 @@ def train_vocabulary(rows: list[dict]) -> bytes:
             texts.append(f"{row['rationale']} {MARKER} {row['teacher_label']}.")
         if row["label"]:
             texts.append(row["label"])
-    # The trainer proposes only what stands in two distinct words; so that every whole word is
-    # proposed, each one stands here once alone and once before a comma.
+    # The trainer considers only what occurs in two distinct words of the text; so that every
+    # whole word is considered, each stands here once alone and once before a comma.
     words = sorted({word.strip(".,:?[]") for text in texts for word in text.split()})
     texts += [f"{word} {word}," for word in words]
     model = io.BytesIO()
     # One thread and no input file: neither the machine nor a path shows in the bytes.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
-        vocab_size=VOCABULARY, byte_fallback=True, character_coverage=1.0,
+        vocab_size=VOCABULARY, hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
         required_chars="".join(map(chr, range(33, 127))), num_threads=1,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     return model.getvalue()
@@ -186,7 +190,8 @@ def make_demo() -> dict[str, bytes]:
     written = {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()
                for name, rows in files.items()}
     written["task.json"] = (json.dumps(task) + "\n").encode()
-    written["spiece.model"] = train_vocabulary(files["train"] + files["pool"])
+    written["spiece.model"] = train_vocabulary(
+        files["train"] + files["pool"] + files["weak"][:SIZES["train"]])
     return written
 
 

@@ -348,6 +348,14 @@ def test_buckets_by_hand():
     assert past.bucket(torch.tensor(list(known))).tolist() == list(known.values())
 
 
+def test_norm_by_hand_in_float32_whatever_comes_in():
+    norm, x = t5.RMSNorm(24, eps=0.5), torch.randn(7, 24).bfloat16()
+    scramble(norm.bfloat16().parameters())
+    expected = x.double() / (x.double().square().sum(-1, True) / 24 + 0.5).sqrt() * norm.weight
+    assert norm(x).dtype == torch.float32
+    torch.testing.assert_close(norm(x).double(), expected.double(), atol=1e-5, rtol=0)
+
+
 def test_neither_padding_nor_later_tokens_nor_other_rows_are_seen():
     model = fresh(TIED)
     ids, mask, labels = batch()
@@ -377,7 +385,7 @@ def test_fully_masked_rows_and_one_token_are_finite(config, autocast, source, ta
 
 
 @BOTH
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])  # the latter as FSDP gives
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)  # FSDP: latter
 def test_under_autocast_products_alone_are_bfloat16(config, weights):
     seen: dict[str, set] = {"residual": set(), "norm": set()}
 
@@ -453,7 +461,7 @@ def test_a_folder_without_config_or_weights_is_refused(tmp_path):
 
 @BOTH
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_form_of_checkpoint_loads_bit_for_bit(tmp_path, form, config, dtype):
     tensors = {name: t.to(dtype) for name, t in checkpoint(config).items()}
     model = T5.from_pretrained(write(tmp_path / "in", tensors, form, asdict(config)))

@@ -107,7 +107,12 @@ def test_truncation_shares_the_budget(tokenizer: Tokenizer) -> None:
         assert ids == expected[0] + expected[1], "the short part is whole, the long one cut"
     ids = tokenizer.encode((long, long, long), max_length=20)
     assert len(ids) == 20 and ids.count(1) == 3 and ids[-1] == 1
-    assert [len(part) for part in np.split(ids, np.flatnonzero(np.array(ids) == 1) + 1)] == [6, 7, 7, 0]
+    assert [len(part) for part in np.split(ids, np.flatnonzero(np.array(ids) == 1) + 1)] == [
+        6,
+        7,
+        7,
+        0,
+    ]
     assert tokenizer.encode((long, long), max_length=2) == [1, 1]
     assert tokenizer.encode((long,)) == whole
 

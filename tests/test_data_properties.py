@@ -1,0 +1,293 @@
+"""Properties of arithmetic, splits, completions, tokens and batches, on generated cases."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+pytest.importorskip("hypothesis", reason="property tests need requirements-dev.txt")
+
+from hypothesis import assume, example, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from data import (  # noqa: E402
+    LETTERS,
+    Row,
+    Tokenizer,
+    evaluate_arithmetic,
+    format_answer,
+    is_correct,
+    micro_batches,
+    parse_completion,
+    split_indices,
+    step_examples,
+    tokenize_rows,
+)
+
+settings.register_profile("quick", deadline=None, max_examples=100, derandomize=True)
+settings.load_profile("quick")
+
+# ---- Arithmetic: expressions built as trees, whose value is known without parsing them
+
+numbers = st.one_of(
+    st.integers(0, 10**6).map(str),
+    st.tuples(st.integers(0, 999), st.integers(0, 999)).map(lambda ab: f"{ab[0]}.{ab[1]:03}"),
+)
+spaces = st.sampled_from(["", " ", "  "])
+
+
+def compound(inner: st.SearchStrategy) -> st.SearchStrategy:
+    """(text, value) of `(a op b)`, `-a` and `(a)`; the value is None where it divides by zero."""
+
+    def join(a, operation, b, space):
+        x, y = a[1], b[1]
+        value = None
+        if x is not None and y is not None and not (operation == "/" and y == 0):
+            value = {"+": lambda: x + y, "-": lambda: x - y, "*": lambda: x * y,
+                     "/": lambda: x / y}[operation]()  # fmt: skip
+        return f"({a[0]}{space}{operation}{space}{b[0]})", value
+
+    return st.one_of(
+        st.builds(join, inner, st.sampled_from("+-*/"), inner, spaces),
+        inner.map(lambda a: (f"-{a[0]}", None if a[1] is None else -a[1])),
+        inner.map(lambda a: (f"( {a[0]} )", a[1])),
+    )
+
+
+trees = st.recursive(numbers.map(lambda n: (n, Fraction(n))), compound, max_leaves=12)
+
+
+@given(trees)
+def test_arithmetic_has_the_value_of_the_tree(tree: tuple[str, Fraction | None]) -> None:
+    text, value = tree
+    assert evaluate_arithmetic(text) == value
+    if value is not None:
+        assert is_correct("svamp", text, text)
+        assert is_correct("svamp", text, f"{text} + 1") == (value == value + 1)
+
+
+@given(st.lists(numbers, min_size=1, max_size=8), st.data())
+def test_precedence_is_pythons(terms: list[str], data: st.DataObject) -> None:
+    operations = data.draw(st.lists(st.sampled_from("+-*"), min_size=8, max_size=8))
+    operations = operations[: len(terms) - 1]
+    text = terms[0] + "".join(f" {o} {term}" for o, term in zip(operations, terms[1:]))
+    sums = [[1, Fraction(terms[0])]]  # products with their signs, added at the end
+    for operation, term in zip(operations, terms[1:]):
+        if operation == "*":
+            sums[-1][1] *= Fraction(term)
+        else:
+            sums.append([1 if operation == "+" else -1, Fraction(term)])
+    assert evaluate_arithmetic(text) == sum(sign * value for sign, value in sums)
+
+
+@given(st.text(alphabet="0123456789.+-*/() e_,x", max_size=40) | st.text())
+@example("(" * 2000)
+def test_arithmetic_never_raises(text: str) -> None:
+    value = evaluate_arithmetic(text)
+    assert value is None or isinstance(value, Fraction)
+
+
+# ---- Splits and completions
+
+
+@given(st.integers(0, 3000))
+def test_splits_partition_in_file_order(n: int) -> None:
+    train, valid = split_indices(n)
+    assert len(valid) == (n + 9) // 10
+    assert sorted([*train, *valid]) == list(range(n))
+    assert (np.diff(train) > 0).all() and (np.diff(valid) > 0).all()
+
+
+words = st.text(alphabet="abcdefgh .,'-()0123\n", max_size=60).map(lambda s: " ".join(s.split()))
+# What a sentence's end cannot be told from is no label: "a. b".
+labels = st.text(alphabet="abcxyz '-.()01", min_size=1, max_size=20).map(
+    lambda s: " ".join(s.replace(". ", " ").split())
+)
+
+
+@given(words, trees)
+def test_answers_of_arithmetic_come_back(rationale: str, tree: tuple) -> None:
+    text, value = tree
+    assume(value is not None)
+    parsed = parse_completion("svamp", f"{rationale} {format_answer('svamp', '', text)}".strip())
+    assert parsed is not None and parsed[0] == rationale
+    assert parsed[1] in (text, f"({text})") and is_correct("svamp", parsed[1], text)
+
+
+@given(words, st.lists(labels.filter(bool), min_size=1, max_size=5), st.data())
+def test_answers_of_choices_come_back(rationale: str, choices: list[str], data) -> None:
+    assume(not any(f"({letter})" in choice for choice in choices for letter in LETTERS))
+    choice = data.draw(st.sampled_from(choices))
+    offered = "".join(f"\n({letter}) {c}" for letter, c in zip(LETTERS, choices))
+    answer = format_answer("cqa", f"q\nAnswer Choices:{offered}", choice)
+    assert parse_completion("cqa", f"{rationale} {answer}".strip()) == (rationale, choice)
+
+
+@pytest.fixture(scope="module")
+def free(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("free")
+    lines = [json.dumps({"id": str(i), "input": "i", "label": str(i)}) for i in range(30)]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+@given(rationale=words, label=labels.filter(bool))
+def test_answers_of_free_text_come_back(free: str, rationale: str, label: str) -> None:
+    text = f"{rationale} {format_answer(free, '', label)}".strip()
+    assert parse_completion(free, text) == (rationale, label)
+
+
+@given(words, st.sampled_from(["entailment", "neutral", "contradiction"]), st.text(max_size=30))
+def test_invented_continuations_change_nothing(rationale: str, label: str, junk: str) -> None:
+    for name in ("esnli", "anli1"):
+        text = f"{rationale} {format_answer(name, ('p', 'h'), label)}".strip()
+        more = f"{text}\n\nPremise: {junk} Answer: neutral So the answer is neutral."
+        assert parse_completion(name, text) == parse_completion(name, more) == (rationale, label)
+
+
+pieces = ["The answer is ", "So the answer is ", "Answer: ", "(3)", "(a) x", "\n\n", "Q:", ".", "(",
+          "neutral", " and ", "Premise:", "\0"]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(pieces) | st.text(max_size=5), max_size=15).map("".join))
+def test_completions_never_raise_nor_give_an_empty_label(text: str) -> None:
+    for name in ("svamp", "cqa", "esnli", "anli1"):
+        parsed = parse_completion(name, text)
+        assert parsed is None or (parsed[0] == parsed[0].strip() and parsed[1].strip())
+
+
+# ---- Tokens
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("vocabulary") / "spiece"
+    corpus = ["the quick brown fox jumps over the lazy dog 0123456789 (84 / 2). " * 3] * 50
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(prefix), vocab_size=100,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1,
+        minloglevel=2,
+    )  # fmt: skip
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+plain = st.text(alphabet="abcdefghijklmnopqrstuvwxyz 0123456789().", max_size=80)
+
+
+@given(text=plain)
+def test_known_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == " ".join(text.split())
+
+
+@given(parts=st.lists(plain, min_size=1, max_size=4), room=st.integers(0, 60))
+def test_truncation_keeps_every_parts_eos(tokenizer: Tokenizer, parts: list, room: int) -> None:
+    limit = len(parts) + room
+    whole = [tokenizer.encode(part)[:-1] for part in parts]
+    ids = tokenizer.encode(tuple(parts), limit)
+    ends = [i for i, id in enumerate(ids) if id == 1]
+    assert len(ends) == len(parts) and ends[-1] == len(ids) - 1
+    kept = [ids[a + 1 : b] for a, b in zip([-1, *ends], ends)]
+    assert all(part == full[: len(part)] for part, full in zip(kept, whole))
+    assert len(ids) == min(limit, sum(map(len, whole)) + len(parts)), "no room is wasted"
+    cut = [len(part) for part, full in zip(kept, whole) if len(part) < len(full)]
+    if cut:  # parts that were cut got the largest share, evenly
+        assert min(cut) >= max(len(part) for part in kept) - 1
+
+
+special_tokens = st.sampled_from(["</s>", "<pad>", "<unk>", "<extra_id_0>", "<extra_id_99>", "<"])
+
+
+@given(text=st.lists(st.text(max_size=8) | special_tokens).map("".join))
+def test_any_text_equals_sentencepiece_piece_by_piece(
+    tokenizer: Tokenizer, path: Path, text: str
+) -> None:
+    top = tokenizer.vocab_size - 1
+    special = {
+        "</s>": 1,
+        "<pad>": 0,
+        "<unk>": 2,
+        **{f"<extra_id_{n}>": top - n for n in range(100)},
+    }
+    ids, rest = [], text
+    while True:
+        found = min(((rest.find(s), s) for s in special if s in rest), default=None)
+        ids += tokenizer.model.Encode(rest[: found[0]] if found else rest)
+        if not found:
+            break
+        ids.append(special[found[1]])
+        rest = rest[found[0] + len(found[1]) :]
+    assert tokenizer.encode(text) == [*ids, 1]
+
+
+@given(rationale=plain, label=plain.filter(str.strip), limit=st.integers(1, 60))
+def test_single_task_targets_end_in_the_answer(
+    tokenizer: Tokenizer, rationale: str, label: str, limit: int
+) -> None:
+    answer = format_answer("anli1", "", label)
+    rows = tokenize_rows([Row("label", "i", (rationale, answer))], tokenizer, max_target=limit)
+    ids, answer = rows.target(0).tolist(), tokenizer.encode(answer)
+    assert ids[-len(answer) :] == answer and len(ids) <= max(limit, len(answer))
+    kept = tokenizer.encode(rationale)[:-1]
+    assert ids[: -len(answer)] == kept[: len(ids) - len(answer)]
+
+
+# ---- Batches
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31), st.integers(1, 3))
+def test_every_epoch_has_every_example_once(n: int, batch: int, seed: int, epochs: int) -> None:
+    steps = -(-n * epochs // batch)
+    order = np.concatenate([step_examples(n, batch, seed, step) for step in range(steps)])
+    for epoch in range(epochs):
+        assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert step_examples(n, batch, seed, steps - 1).tolist() == order[-batch:].tolist(), "pure"
+
+
+lengths = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 20)), min_size=1, max_size=40)
+
+
+@given(lengths, st.integers(1, 9), st.integers(1, 5))
+def test_micro_batches_hold_every_row_once(pairs: list, size: int, world: int) -> None:
+    sources, targets = np.array(pairs).T
+    dealt = micro_batches(sources, targets, size, world)
+    assert len(dealt) == world
+    assert {len(rank) for rank in dealt} == {-(-len(pairs) // (size * world))}
+    ordered = [piece for step in zip(*dealt) for piece in step]  # as they were cut
+    assert all(len(piece) <= size for piece in ordered)
+    rows = np.concatenate(ordered)
+    assert rows.tolist() == sorted(range(len(pairs)), key=lambda i: (*pairs[i], i))
+    first_empty = next((i for i, piece in enumerate(ordered) if not len(piece)), len(ordered))
+    assert not any(map(len, ordered[first_empty:])), "empty ones come last"
+    again = micro_batches(sources, targets, size, world)
+    assert [[p.tolist() for p in rank] for rank in again] == [
+        [p.tolist() for p in r] for r in dealt
+    ]
+
+
+@given(lengths.filter(lambda pairs: len(pairs) <= 9), st.integers(1, 4), st.integers(1, 3))
+def test_the_costliest_micro_batch_is_as_cheap_as_can_be(pairs, size, world) -> None:
+    """Against every way of cutting the sorted rows into contiguous pieces."""
+    ordered = sorted(pairs)
+    n_pieces = world * -(-len(pairs) // (size * world))
+
+    def cost(piece) -> int:
+        return len(piece) * (max(s for s, _ in piece) + max(t for _, t in piece))
+
+    def best(start: int, pieces: int) -> float:
+        if start == len(ordered):
+            return 0
+        ends = range(start + 1, min(start + size, len(ordered)) + 1) if pieces else ()
+        return min((max(cost(ordered[start:e]), best(e, pieces - 1)) for e in ends), default=1e9)
+
+    sources, targets = np.array(pairs).T
+    dealt = micro_batches(sources, targets, size, world)
+    costs = [cost([pairs[i] for i in piece]) for rank in dealt for piece in rank if len(piece)]
+    assert max(costs) == best(0, n_pieces)
