@@ -286,7 +286,8 @@ class Cache:
         if self.keys is None:
             shape = (*keys.shape[:2], self.max_length, keys.shape[3])
             self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
-        self.keys[:, :, self.length], self.values[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
+        self.keys[:, :, self.length] = keys[:, :, 0]
+        self.values[:, :, self.length] = values[:, :, 0]
         self.length += 1
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
@@ -400,11 +401,13 @@ class T5(nn.Module):
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     def causal_bias(self, length: int) -> Tensor:
-        """(1, H, length, length): the decoder's relative bias, MASKED where a key is in the future"""
+        """(1, H, length, length): the decoder's bias, MASKED where a key is in the future"""
         bias = self.decoder.bias(length)
         return bias + torch.full_like(bias[0, 0], MASKED).triu(1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
+    ) -> Tensor:
         """Logits (B, T, V) for source ids (B, S), their mask (B, S; 1 token, 0 padding) and
         decoder inputs (B, T), all integer tensors. Where the decoder input is trailing PAD the
         logits are unspecified."""
@@ -414,7 +417,9 @@ class T5(nn.Module):
         return self.decode(decoder_input_ids, memory, bias, mask)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 64) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 64
+    ) -> Tensor:
         """Greedy decoding: (B, S), (B, S) -> (B, at most max_new_tokens) int64, without the start
         token, PAD after a row's EOS; it stops when every row has ended. Call `eval()` before."""
         c, rows = self.config, len(input_ids)

@@ -44,7 +44,6 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import (
-    TASKS,
     Example,
     Tokenizer,
     TokenRows,
@@ -143,7 +142,8 @@ def resolve(config: Config) -> Config:
     c.dataset = c.dataset or ("demo" if c.size == "tiny" else "esnli")
     get_task(c.dataset)
     if c.dataset == "asdiv":
-        raise UserError("--dataset asdiv has no labels and no test split; it can only augment svamp")
+        raise UserError("--dataset asdiv has no labels and no test split: it only augments svamp; "
+                        "allowed: the other names, or a folder")  # fmt: skip
     if isinstance(c.rationales, str):
         c.rationales = [c.rationales]
     uses = c.method != "standard" or c.labels == "teacher"
@@ -263,8 +263,10 @@ def weights_hashes(folder: Path) -> dict[str, str]:
 
 def provenance(c: Config) -> dict:
     """All that decides a run's result besides its configuration: data, weights, code, versions."""
-    splits = [s for s in ("train", "valid", "test") if s != "test" or has_split(c.dataset, s, c.data_root)]
-    paths = {p for s in splits for p in data_files(c.dataset, s, c.data_root, split_rationales(c, s))}
+    splits = ["train", "valid"] + ["test"] * has_split(c.dataset, "test", c.data_root)
+    paths: set[Path] = set()
+    for split in splits:
+        paths.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     random = c.weights == "random"
     return {
@@ -292,16 +294,16 @@ def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
         return None
     try:
         run = json.loads(path.read_text())
-        before = {**run["config"], "data": run["data_sha256"], "weights_sha256": run["weights_sha256"]}
+        before = {**run["config"], "data": run["data_sha256"], "vocab": run["weights_sha256"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}; give another --out") from None
-    now = {**asdict(c), "data": about["data_sha256"], "weights_sha256": about["weights_sha256"]}
+    now = {**asdict(c), "data": about["data_sha256"], "vocab": about["weights_sha256"]}
     changed = [k for k in now if now[k] != before.get(k) and k not in MAY_CHANGE]
     if changed:
+        contents = {"data": "the data files or their contents",
+                    "vocab": "the contents of the weights or of the vocabulary"}  # fmt: skip
         differ = "; ".join(
-            "the data files or their contents" if k == "data" else
-            "the weights' or vocabulary's contents" if k == "weights_sha256" else
-            f"{k} {before.get(k)!r} there, {now[k]!r} here" for k in changed
+            contents.get(k) or f"{k} {before.get(k)!r} there, {now[k]!r} here" for k in changed
         )
         raise UserError(f"{out} is a run with other settings: {differ}; give another --out")
     if (out / "result.json").exists():
@@ -322,9 +324,9 @@ def save_student(model: nn.Module, folder: Path, vocabulary: Path, about: dict, 
     model.save_pretrained(beside)
     shutil.copyfile(vocabulary, beside / "spiece.model")
     write_json(beside / "tokenizer_config.json", {
-        "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": evaluation.MAX_SOURCE,
-        "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
-    })
+        "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "pad_token": "<pad>",
+        "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": evaluation.MAX_SOURCE,
+    })  # fmt: skip
     write_json(beside / "dsbs.json", about)
     (beside / "README.md").write_text(card)
     if folder.exists():
@@ -335,6 +337,7 @@ def save_student(model: nn.Module, folder: Path, vocabulary: Path, about: dict, 
 
 def model_card(c: Config, step: int, accuracy: float) -> str:
     """The `README.md` of a student folder."""
+    prefix = PREFIXES[c.prefixes]["label"] if METHODS[c.method].prefixed else ""
     return f"""# T5 student, {Path(c.dataset).name}, {c.method}
 
 Trained with Distilling Step-by-Step (Hsieh et al., 2023, https://arxiv.org/abs/2305.02301).
@@ -342,7 +345,7 @@ Trained with Distilling Step-by-Step (Hsieh et al., 2023, https://arxiv.org/abs/
 - start: {c.weights} ({c.size}); method {c.method}, {c.labels} labels, seed {c.seed}
 - step {step} of {c.steps}, validation accuracy {accuracy:.4f}
 - use: `python eval.py THIS_FOLDER --predict inputs.txt`, or `transformers`' AutoTokenizer and
-  AutoModelForSeq2SeqLM{', with the prefix ' + repr(PREFIXES[c.prefixes]['label']) if METHODS[c.method].prefixed else ''}
+  AutoModelForSeq2SeqLM with the prefix {prefix!r} before the input
 - It inherits its teacher's errors and biases (the paper's ethics statement): check before use.
 """
 
@@ -438,10 +441,11 @@ def prepare(c: Config) -> Data:
     vocabulary = DEMO_VOCABULARY if c.weights == "random" else Path(c.weights) / "spiece.model"
     tokenizer = Tokenizer(vocabulary)
     counts = Counter()
-    load = lambda split: load_dataset(  # noqa: E731
-        c.dataset, split, c.data_root, split_rationales(c, split), counts if split == "train" else None
-    )
-    everything, valid = load("train"), load("valid")
+
+    def load(split: str, counts: Counter | None = None) -> list[Example]:
+        return load_dataset(c.dataset, split, c.data_root, split_rationales(c, split), counts)
+
+    everything, valid = load("train", counts), load("valid")
     test = load("test") if has_split(c.dataset, "test", c.data_root) else None
     # A seeded prefix of a seeded order: smaller fractions are contained in larger ones.
     order = np.random.default_rng([c.seed, 1]).permutation(len(everything))
@@ -601,7 +605,8 @@ def train_step(model, optimizer, c: Config, data: Data, step: int, device, stop:
     return {
         "step": step + 1, "label_loss": label_loss, "rationale_loss": rationale_loss,
         "loss": loss, "lr": lr, "grad_norm": grad_norm,
-        "tokens": int(sources.sum() + targets.sum()), "stop": signal.SIGTERM if terms else signal.SIGINT if interrupts else 0,
+        "tokens": int(sources.sum() + targets.sum()), 
+        "stop": signal.SIGTERM if terms else signal.SIGINT if interrupts else 0,
     }  # fmt: skip
 
 
@@ -609,7 +614,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the device's on a GPU, this process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def log_line(c: Config, m: dict, seconds_left: float) -> str:
@@ -712,7 +718,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> None:
             if stop and not last_step:
                 if world > 1:
                     dist.barrier()  # leave together, once rank 0 has saved
-                print0(f"stopped by signal {stop} after step {step}, which is saved; continue with\n"
+                print0(f"stopped by signal {stop} after step {step}, which is saved; go on with\n"
                        f"  {command(c, str(out), resume=True)}")
                 sys.exit(128 + stop)
     if rank == 0:
@@ -786,7 +792,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--size", help=f"{', '.join(PRESETS)}; default tiny")
     add("--weights", help="a Hugging Face T5 folder, or random; default weights/t5-v1_1-SIZE")
-    add("--dataset", help=f"{', '.join(TASKS)} or a folder of *.jsonl; default demo for tiny, else esnli")
+    add("--dataset", help="svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default demo for "
+        "tiny, else esnli")  # fmt: skip
     add("--data-root", help="where the benchmarks lie; default datasets")
     add("--method", help=f"{', '.join(METHODS)}; default step-by-step")
     add("--labels", help="human (default) or teacher")

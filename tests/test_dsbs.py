@@ -116,7 +116,8 @@ def test_any_split_gives_the_same_gradients(model):
     everything = torch.arange(12)
     whole, expected = gradients(model, [everything], batch)
     assert batch[-1].min() > 0
-    for pieces in (everything.split(1), everything.split(5), [everything[batch[3] == t] for t in (0, 1)]):
+    by_task = [everything[batch[3] == task] for task in (0, 1)]
+    for pieces in (everything.split(1), everything.split(5), by_task):
         sums, got = gradients(model, pieces, batch)
         assert (got - expected).abs().max() < 1e-6
         assert torch.allclose(sums, whole, atol=1e-6)

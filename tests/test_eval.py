@@ -66,7 +66,8 @@ def test_transformers_loads_a_student_unchanged(students, small_task):
         batch = tokenizer(sources, return_tensors="pt", padding=True)
         tokens = model.generate(**batch, max_new_tokens=64, do_sample=False, num_beams=1)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        assert texts == [r["prediction"] for r in read_jsonl(students / method / "predictions.jsonl")]
+        rows = read_jsonl(students / method / "predictions.jsonl")
+        assert texts == [row["prediction"] for row in rows]
 
 
 # ---------------------------------------------------------------------------------- prediction
@@ -148,7 +149,8 @@ def test_predict_reads_json_lines_and_plain_text(ask, students, tmp_path):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"id": "a"}', "'input'"), ('{"input": 3}', "input is neither"), ("nonsense", "Expecting value"),
+    ('{"id": "a"}', "'input'"), ('{"input": 3}', "input is neither"),
+    ("nonsense", "Expecting value"),
 ])  # fmt: skip
 def test_bad_lines_to_predict(ask, students, tmp_path, line, reason):
     path = tmp_path / "in.jsonl"
@@ -163,7 +165,9 @@ def test_explain_needs_a_student_that_learnt_to(ask, students):
     assert "trained with standard" in done.err and "step-by-step" in done.err
 
 
-@pytest.mark.parametrize("missing", ["dsbs.json", "config.json", "spiece.model", "model.safetensors"])
+@pytest.mark.parametrize(
+    "missing", ["dsbs.json", "config.json", "spiece.model", "model.safetensors"]
+)
 def test_a_folder_that_is_no_student(ask, students, tmp_path, missing):
     folder = shutil.copytree(students / "standard" / "best", tmp_path / "student")
     (folder / missing).unlink()

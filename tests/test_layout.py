@@ -16,7 +16,7 @@ MAY_IMPORT = {  # DESIGN: train -> eval -> dsbs -> data and t5; teacher -> data
     "train": {"eval", "dsbs", "data", "t5"},
 }
 RUNTIME = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
-FILES = [f for f in sorted(ROOT.glob("*.py"))]
+FILES = sorted(ROOT.glob("*.py"))
 
 
 def imports(path):
