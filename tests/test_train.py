@@ -146,7 +146,7 @@ def test_default_name_tells_runs_apart(small_task):
 
     assert name() == "runs/colours_tiny_step-by-step_human_seed-0"
     names = [name(), name(seed=1), name(method="standard"), name(labels="teacher"), name(lr=1.0),
-             name(fraction=0.5), name(prefixes="released"), name(steps=3), name(lam=2.)]  # fmt: skip
+             name(fraction=0.5), name(prefixes="released"), name(steps=3), name(lam=2)]  # fmt: skip
     assert len(set(names)) == len(names)
     assert name(save_every=1) == name(micro_batch=1) == name()
 

@@ -1,0 +1,66 @@
+"""README's commands parse, its numbers match the code, and its two forks run as printed."""
+
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, read_jsonl, run
+
+import eval as evaluation
+import train
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUICK = "--steps 6 --batch-size 6 --eval-every 3".split()
+
+
+def test_the_first_screen_has_the_commands_in_order():
+    wanted = ["pip install -r requirements.txt", "python train.py", "pytest",
+              "torchrun --nproc_per_node=16 train.py --size xxl"]  # fmt: skip
+    assert [c for c in COMMANDS if c in wanted] == wanted
+    assert README.index("path/to/folder") < README.index("## Reading order")
+    assert "ethics statement" in README and "synthetic" in README
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])
+def test_commands_parse(command):
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    if words[script] == "train.py":
+        given = vars(train.parse_args(words[script + 1 :]))
+        assert given.keys() <= {f.name for f in train.fields(train.Config)} | {"out", "resume"}
+    else:
+        evaluation.parse_args(words[script + 1 :])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_fork_of_the_architecture(small_task, tmp_path, processes):
+    assert SNIPPETS[0].count("\n") < 10
+    (tmp_path / "fork.py").write_text(SNIPPETS[0])
+    run(tmp_path / "fork.py", "--dataset", small_task, *QUICK, "--out", tmp_path / "r",
+        processes=processes)  # fmt: skip
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["best_step"] > 0
+    size = (tmp_path / "r" / "last" / "model.safetensors").stat().st_size
+    assert size < 3.5e6, "one encoder block is saved, not two"
+
+
+def test_the_fork_of_the_task(tmp_path):
+    assert SNIPPETS[1].count("\n") < 10
+    (tmp_path / "task.py").write_text(SNIPPETS[1])
+    folder = tmp_path / "datasets" / "boolq"
+    folder.mkdir(parents=True)
+    for name, n in (("train", 30), ("test", 5)):
+        rows = [{"id": f"{name}{i}", "passage": "Water is wet.", "question": f"Is it, {i}?",
+                 "answer": "yes" if i % 2 else "no"} for i in range(n)]  # fmt: skip
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"boolq_{name}.jsonl").write_text(text)
+    run(tmp_path / "task.py", "--dataset", "boolq", "--method", "standard", *QUICK,
+        "--data-root", tmp_path / "datasets", "--out", tmp_path / "r")  # fmt: skip
+    predictions = read_jsonl(tmp_path / "r" / "predictions.jsonl")
+    assert [row["id"] for row in predictions] == [f"test{i}" for i in range(5)]
