@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from data import evaluate_arithmetic, is_correct
+from data import MAX_DEPTH, MAX_DIGITS, MAX_LENGTH, evaluate_arithmetic, is_correct
 
 HOSTILE = {
     "power": "9**9**9",
@@ -82,6 +82,16 @@ def test_a_costly_expression_within_the_limits_is_quick() -> None:
 )
 def test_values(text: str, value: Fraction) -> None:
     assert evaluate_arithmetic(text) == value
+
+
+def test_limits_are_where_they_are_said_to_be() -> None:
+    assert evaluate_arithmetic("9" * MAX_DIGITS) == 10**MAX_DIGITS - 1
+    assert evaluate_arithmetic("9" * (MAX_DIGITS + 1)) is None
+    for deep in ("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH, "-" * MAX_DEPTH + "1"):
+        assert evaluate_arithmetic(deep) == 1
+        assert evaluate_arithmetic(f"({deep})") is None
+    assert evaluate_arithmetic("1" + " " * (MAX_LENGTH - 1)) == 1
+    assert evaluate_arithmetic("1" + " " * MAX_LENGTH) is None
 
 
 def test_equality_of_values() -> None:
