@@ -267,10 +267,12 @@ def provenance(c: Config) -> dict:
     paths: set[Path] = set()
     for split in splits:
         paths.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
+    facts = [path.with_name("task.json") for path in paths if path.name == "train.jsonl"]
+    paths.update(path for path in facts if path.is_file())
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     random = c.weights == "random"
     return {
-        "data_sha256": {str(p): sha256(p) if p.exists() else None for p in sorted(paths)},
+        "data_sha256": {str(p): sha256(p) if p.is_file() else None for p in sorted(paths)},
         "weights_sha256": {"spiece.model": sha256(DEMO_VOCABULARY)} if random
         else weights_hashes(Path(c.weights)),
         "git_sha": git.stdout.strip() or None,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data import Example, load_dataset, parse_completion
 from dsbs import METHODS, PREFIXES, make_rows, make_source, multitask_loss
@@ -103,11 +104,15 @@ def gradients(model, pieces, batch, lam=1.0):
     return sums, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.fixture
-def model():
+def build_model():
     torch.manual_seed(0)
     shape = dict(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
     return T5(T5Config(**shape)).eval()
+
+
+@pytest.fixture
+def model():
+    return build_model()
 
 
 def test_any_split_gives_the_same_gradients(model):
@@ -121,6 +126,27 @@ def test_any_split_gives_the_same_gradients(model):
         sums, got = gradients(model, pieces, batch)
         assert (got - expected).abs().max() < 1e-6
         assert torch.allclose(sums, whole, atol=1e-6)
+
+
+def one_rank(rank, world, folder):
+    """Rank 0 has the label rows, rank 1 the rationale rows: each lacks a task."""
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    source, mask, labels, tasks, counts = ragged_batch()
+    replica = torch.nn.parallel.DistributedDataParallel(build_model())
+    mine = tasks == rank
+    logits = replica(source[mine], mask[mine], shift_right(labels[mine]))
+    (multitask_loss(logits, labels[mine], tasks[mine], counts).total * world).backward()
+    if rank == 0:
+        torch.save([p.grad for p in replica.parameters()], f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_ddp_gives_the_same_gradients_with_a_task_missing_on_each_rank(model, tmp_path):
+    """Two gloo processes against one: to 1e-6, as they train (times world, averaged by DDP)."""
+    _, expected = gradients(model, [torch.arange(12)], ragged_batch())
+    torch.multiprocessing.spawn(one_rank, (2, str(tmp_path)), nprocs=2)
+    parts = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert (torch.cat([part.flatten() for part in parts]) - expected).abs().max() < 1e-6
 
 
 def test_a_mean_of_means_is_something_else(model):
