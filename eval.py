@@ -9,6 +9,7 @@ nothing of optimizers or training state.
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -86,7 +87,8 @@ def processes(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        gc.collect()  # a DDP model still held by a cycle would take the group's threads with it,
+        dist.destroy_process_group()  # and abort the interpreter as it shuts down
 
 
 # ---------------------------------------------------------------------------- a student folder

@@ -632,11 +632,11 @@ def log_line(c: Config, m: dict, seconds_left: float) -> str:
     return line + (f"  valid {m['valid_accuracy']:.4f}" if "valid_accuracy" in m else "")
 
 
-def train(c: Config, out: Path, data: Data, model: nn.Module) -> None:
+def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
     """From the first step, or the last saved one, to the last; leaves `best/` and `last/`.
 
-    Raises TrainingError where a loss or gradient is not finite, SystemExit(143 or 130) after
-    saving at a signal.
+    Returns 0, or the number of the signal after which it saved and stopped. Raises TrainingError
+    where a loss or gradient is not finite.
     """
     rank, world = rank_and_world()
     device = torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
@@ -722,12 +722,13 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> None:
                     dist.barrier()  # leave together, once rank 0 has saved
                 print0(f"stopped by signal {stop} after step {step}, which is saved; go on with\n"
                        f"  {command(c, str(out), resume=True)}")
-                sys.exit(128 + stop)
+                return stop
     if rank == 0:
         metrics_file.close()
         export("last", c.steps)
     if world > 1:
         dist.barrier()
+    return 0
 
 
 def student_step(folder: Path) -> int | None:
@@ -819,8 +820,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(given: dict) -> None:
-    """Trains as told by the flags given, or shows what is there."""
+def run(given: dict) -> int:
+    """Trains as told by the flags given, or shows what is there; returns the exit status."""
     out, resume = given.pop("out", None), given.pop("resume", False)
     if resume and out and (Path(out) / "run.json").exists():  # flags not given stay as they were
         try:
@@ -851,17 +852,20 @@ def run(given: dict) -> None:
             if not exists:
                 agreed(claim)
             print0(f"run folder: {out}")
-            train(c, out, data, model)
+            if stop := train(c, out, data, model):
+                return 128 + stop
             result = finish(c, out, data)
         show_result(c, out, result)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 2 with one line for a user's mistake, 1 for a run that could not go on."""
+    """Exit status 2 with one line for a user's mistake, 1 for a run that could not go on, 143 or
+    130 for one that a signal stopped."""
     given = vars(parse_args(argv))
     try:
         with processes(choose_device(given.get("device"))):
-            run(given)
+            return run(given)
     except (UserError, TrainingError) as error:  # the same on every rank: one line a machine
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -872,7 +876,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":
