@@ -713,14 +713,15 @@ def collate(rows: TokenRows, indices: np.ndarray) -> dict[str, np.ndarray]:
     sources = [rows.source(i) for i in indices] or [np.array([Tokenizer.eos_id])]
     targets = [rows.target(i) for i in indices] or [np.array([-100])]
     return {
-        "input_ids": _pad(sources, Tokenizer.pad_id),
-        "attention_mask": _pad([np.ones_like(source) for source in sources], 0),
-        "labels": _pad(targets, -100),
+        "input_ids": pad(sources, Tokenizer.pad_id),
+        "attention_mask": pad([np.ones_like(source) for source in sources], 0),
+        "labels": pad(targets, -100),
         "tasks": rows.tasks[indices].astype(np.int64) if len(indices) else np.zeros(1, np.int64),
     }
 
 
-def _pad(arrays: list[np.ndarray], value: int) -> np.ndarray:
+def pad(arrays: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    """Ragged rows -> (rows, longest) int64, filled up with `value`."""
     padded = np.full((len(arrays), max(map(len, arrays))), value, np.int64)
     for row, array in zip(padded, arrays):
         row[: len(array)] = array

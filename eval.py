@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -31,6 +30,7 @@ from data import (
     get_task,
     is_correct,
     load_dataset,
+    pad,
     parse_completion,
 )
 from dsbs import METHODS, PREFIXES, RATIONALE, make_source
@@ -176,14 +176,12 @@ def generate_texts(
     )
     for batch in bar:
         rows = [ids[i] for i in batch] or [[student.tokenizer.eos_id]]
-        input_ids = np.full((len(rows), max(map(len, rows))), student.tokenizer.pad_id)
-        for row, source in zip(input_ids, rows):
-            row[: len(source)] = source
-        mask = np.arange(input_ids.shape[1]) < np.array([len(r) for r in rows])[:, None]
+        input_ids = pad(rows, student.tokenizer.pad_id)
+        mask = pad([[1] * len(row) for row in rows], 0)
         with autocast(device, student.precision):
             tokens = model.generate(
                 torch.from_numpy(input_ids).to(device),
-                torch.from_numpy(mask.astype(np.int64)).to(device),
+                torch.from_numpy(mask).to(device),
                 max_new_tokens=max_new_tokens,
             )
         for i, row in zip(batch, tokens.tolist()):

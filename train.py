@@ -362,21 +362,26 @@ def fsync(path: Path) -> None:
     os.close(handle)
 
 
+def latest_state(out: Path) -> Path | None:
+    """The folder of the last state that was saved whole; None where there is none yet."""
+    pointer = out / "state" / "latest"
+    return pointer.with_name(pointer.read_text()) if pointer.exists() else None
+
+
 def save_state(out: Path, step: int, model: nn.Module, optimizer, facts: dict) -> None:
     """Writes `state/step-N/` and then points `state/latest` at it. Rank 0 only."""
-    root = out / "state"
+    root, before = out / "state", latest_state(out)
     folder = root / f"step-{step:07}"
-    latest = root / "latest"
-    if latest.exists() and latest.read_text() == folder.name:
+    if folder == before:
         return
     for other in root.glob("step-*"):  # what an interrupted save left
-        if not latest.exists() or other.name != latest.read_text():
+        if other != before:
             shutil.rmtree(other)
     folder.mkdir(parents=True)
     weights = dict(model.named_parameters())
     moments = {
         f"{name}.{key}": value
-        for name, p in model.named_parameters()
+        for name, p in weights.items()
         for key, value in optimizer.state[p].items()
     }
     write_tensors(folder / "model.safetensors", weights)
@@ -384,28 +389,26 @@ def save_state(out: Path, step: int, model: nn.Module, optimizer, facts: dict) -
     write_json(folder / "state.json", {"step": step, **facts})
     for path in [*folder.iterdir(), folder]:  # on the disk before anything points at it
         fsync(path)
-    before = latest.read_text() if latest.exists() else None
     beside = root / "latest.tmp"
     beside.write_text(folder.name)
-    os.replace(beside, latest)
+    os.replace(beside, root / "latest")
     fsync(root)
     if before:
-        shutil.rmtree(root / before, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def load_state(out: Path, model: nn.Module, optimizer) -> dict | None:
     """Fills the model and the optimizer from the latest state, and returns what else was saved;
     None where there is no state yet."""
-    latest = out / "state" / "latest"
-    if not latest.exists():
+    folder = latest_state(out)
+    if folder is None:
         return None
-    folder = latest.parent / latest.read_text()
     weights = load_file(folder / "model.safetensors")
-    moments = load_file(folder / "optimizer.safetensors")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(weights[name])
     parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(weights[name])
+    moments = load_file(folder / "optimizer.safetensors")
     for key, value in moments.items():  # copied: what is read may be a map of the file
         name, _, moment = key.rpartition(".")
         p = parameters[name]
@@ -498,6 +501,11 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = c.dropout  # whatever config.json says: v1.1's is for pretraining
     return model
+
+
+def own_device(c: Config) -> torch.device:
+    """This process's device: the CPU, or the GPU that `choose_device` made current."""
+    return torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
 
 
 def parallelize(model: nn.Module, parallel: str) -> nn.Module:
@@ -639,7 +647,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
     where a loss or gradient is not finite.
     """
     rank, world = rank_and_world()
-    device = torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
+    device = own_device(c)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
     state = load_state(out, model, optimizer)
@@ -741,11 +749,9 @@ def student_step(folder: Path) -> int | None:
 
 def finish(c: Config, out: Path, data: Data) -> dict:
     """Scores the best student on test, once, and writes `predictions.jsonl` and `result.json`."""
-    device = torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
+    device = own_device(c)
     student = evaluation.load_student(out / "best", device, c.precision)
-    state = json.loads(
-        (out / "state" / (out / "state" / "latest").read_text() / "state.json").read_text()
-    )
+    state = json.loads((latest_state(out) / "state.json").read_text())
     examples = data.valid if data.test is None else data.test
     kind, gold = gold_labels(examples)
     result = {

@@ -54,6 +54,20 @@ def wait_for_step(out, step, process):
     raise AssertionError("no such step within 30 s")
 
 
+def saved_state(out):
+    """What else the last state holds, or None."""
+    folder = train.latest_state(out)
+    return folder and json.loads((folder / "state.json").read_text())
+
+
+def killed_after(step, out, *words):
+    """Starts the run, kills it once the step is logged, and gives its last state."""
+    process = start(*words)
+    wait_for_step(out, step, process)
+    kill(process)
+    return saved_state(out)
+
+
 def weights(out, which="last"):
     return (out / which / "model.safetensors").read_bytes()
 
@@ -193,9 +207,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(
         time.sleep(rng.uniform(0, 0.05))
         kill(process)
         saved = (out / "metrics.jsonl").read_bytes()
-        latest = out / "state" / "latest"
-        if latest.exists():
-            state = json.loads((out / "state" / latest.read_text() / "state.json").read_text())
+        if state := saved_state(out):
             lengths.append(saved[: state["metrics_bytes"]])
         assert not (out / "result.json").exists(), "the kill came too late to mean anything"
     text = run(*base, "--out", out, "--resume", processes=processes).stdout
@@ -212,14 +224,10 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(
 def test_resume_mends_a_best_that_a_crash_left_behind(whole, small_task, tmp_path):
     """Killed between the state of the best step and best/: it is written again from the state."""
     out = tmp_path / "run"
-    base = ["train.py", "--dataset", small_task, *QUICK, "--out", out]
-    process = start(*base)
-    wait_for_step(out, 5, process)
-    kill(process)
-    latest = (out / "state" / "latest").read_text()
-    state = json.loads((out / "state" / latest / "state.json").read_text())
-    if state["best_step"] == state["step"]:
-        shutil.rmtree(out / "best")
+    base = ["train.py", "--dataset", small_task, *QUICK, "--out", out, "--save-every", "100"]
+    state = killed_after(5, out, *base)  # states are saved for better students alone
+    assert state["best_step"] == state["step"]
+    shutil.rmtree(out / "best")
     run(*base, "--resume")
     assert weights(out, "best") == weights(whole, "best")
 
@@ -270,9 +278,7 @@ def test_ranks_agree_on_the_step_they_stop_at(small_task, tmp_path):
 def test_a_full_disk_ends_with_an_error_and_the_last_good_state(whole, small_task, tmp_path):
     out = tmp_path / "run"
     base = ["train.py", "--dataset", small_task, *QUICK, "--out", out]
-    process = start(*base)
-    wait_for_step(out, 4, process)
-    kill(process)
+    killed_after(4, out, *base)
     before = (out / "state" / "latest").read_text()
     limit = 6_000_000  # bytes in a file: the weights fit, AdamW's moments do not
 
