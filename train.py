@@ -82,7 +82,7 @@ MAX_TARGET = 256  # the released code's cut
 PAPER = dict(lr=5e-5, batch_size=64, steps=10_000, eval_every=250, micro_batch=16)
 PAPER_XXL = dict(lr=5e-5, batch_size=32, steps=4_000, eval_every=250, micro_batch=4)
 RECIPES = {
-    "tiny": dict(lr=2e-3, batch_size=32, steps=700, eval_every=50, micro_batch=64),
+    "tiny": dict(lr=1e-3, batch_size=32, steps=700, eval_every=50, micro_batch=64),
     "small": PAPER,
     "base": PAPER,
     "large": PAPER,

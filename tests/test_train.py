@@ -98,7 +98,7 @@ def test_run_folder(whole, small_task):
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if "valid_accuracy" in row] == [4, 8, 12]
     for i, row in enumerate(rows):
-        assert row["lr"] == pytest.approx(2e-3 * (1 - i / 12))  # linear to 0, no warm-up
+        assert row["lr"] == pytest.approx(1e-3 * (1 - i / 12))  # linear to 0, no warm-up
         assert row["loss"] == pytest.approx(row["label_loss"] + row["rationale_loss"])
         assert row["examples_per_second"] > 0 and row["peak_memory_bytes"] > 1e7
     result = json.loads((whole / "result.json").read_text())
@@ -132,7 +132,7 @@ def test_a_finished_run_is_shown_not_repeated(whole, small_task):
 def test_other_settings_data_or_files_are_refused(whole, small_task, tmp_path):
     base = ["--dataset", str(small_task), "--out", str(whole), *QUICK]
     error = run("train.py", *base, "--lr", "0.1", check=2).stderr
-    assert "lr 0.002 there, 0.1 here" in error and error.count("\n") == 1
+    assert "lr 0.001 there, 0.1 here" in error and error.count("\n") == 1
     error = run("train.py", *base, "--resume", "--seed", "3", check=2).stderr
     assert "seed 0 there, 3 here" in error
     copy = shutil.copytree(small_task, tmp_path / "colours")
