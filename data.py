@@ -237,12 +237,14 @@ def load_dataset(
     root: str | Path = "datasets",
     rationales: str | Sequence | None = None,
     counts: Counter | None = None,
+    beside: str | None = None,
 ) -> list[Example]:
     """The examples of a split, in the order of its file.
 
     rationales: None (what a folder's own lines carry; benchmarks have none), "palm", "neox",
-    "human", or a list of teacher files, joined by id. Added to `counts`: examples,
-    without_rationale, teacher_labels_dropped (not in the closed set, not among the choices) and
+    "human", or a list of teacher files, joined by id; those may also hold other splits, and a
+    dataset used `beside` this one. Added to `counts`: examples, without_rationale,
+    teacher_labels_dropped (not in the closed set, not among the choices) and
     teacher_ids_unmatched. UserError: a file missing, malformed or for another dataset; a label
     outside the set; duplicate ids; an empty split.
     """
@@ -262,11 +264,14 @@ def load_dataset(
         if answers:
             _attach_completions(task, path, examples, answers)
     elif answers:
-        _attach_files(task, root, examples, answers, counts)
+        elsewhere = [(name, other) for other in task.splits if other != split]
+        elsewhere += [(beside, other) for other in get_task(beside).splits] if beside else []
+        elsewhere = [(n, s) for n, s in elsewhere if has_split(n, s, root)]
+        _attach_files(task, root, examples, answers, counts, elsewhere)
     if cut:
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]
     for example in examples:
-        if example.teacher_label and _not_allowed(task, example.input, example.teacher_label):
+        if example.teacher_label and not_allowed(task, example.input, example.teacher_label):
             example.teacher_label = None
             counts["teacher_labels_dropped"] += 1
         counts["without_rationale"] += not example.rationale
@@ -330,7 +335,7 @@ def _example(task: Task, rationales: object, r: dict) -> Example:
         example.rationale, example.teacher_label = _text(r, "rationale"), _text(r, "teacher_label")
     elif rationales == "human":
         example.rationale = _text({task.human: r[task.human]}, task.human)
-    if example.label and (allowed := _not_allowed(task, input, example.label)):
+    if example.label and (allowed := not_allowed(task, input, example.label)):
         raise ValueError(f"label {label!r} is not {allowed}")
     return example
 
@@ -348,8 +353,9 @@ def _choices(input: Text) -> list[str]:
     return [line[4:].strip() for line in lines if re.match(rf"\([{LETTERS}]\) ", line)]
 
 
-def _not_allowed(task: Task, input: Text, label: str) -> str:
-    """What would be allowed, where the label is not; "" where it is."""
+def not_allowed(task: Task, input: Text, label: str) -> str:
+    """What would be allowed, where the label is not; "" where it is. The set is the task's, or
+    (cqa) what the input offers, or any arithmetic."""
     if task.scorer == "arithmetic":
         return "" if evaluate_arithmetic(label) is not None else "numbers, + - * /, parentheses"
     allowed = _choices(input) if task.name == "cqa" else task.labels
@@ -380,9 +386,11 @@ def _attach_completions(task: Task, path: Path, examples: list[Example], files: 
 
 
 def _attach_files(
-    task: Task, root: str | Path, examples: list[Example], files: list[Path], counts: Counter
-) -> None:
-    """A teacher's answers in our own format belong to examples by id."""
+    task: Task, root: str | Path, examples: list[Example], files: list[Path], counts: Counter,
+    elsewhere: list[tuple[str, str]],
+) -> None:  # fmt: skip
+    """A teacher's answers in our own format belong to examples by id; some may belong elsewhere,
+    to a (dataset, split)."""
     by_id, seen = {example.id: example for example in examples}, set()
 
     def attach(r: dict) -> str:
@@ -398,12 +406,10 @@ def _attach_files(
         record = '{"id": "7", "rationale": "because", "teacher_label": "yes"}'
         ids = set(_read(file, attach, record, "teacher.py, or --rationales is mistyped"))
         unmatched = ids - by_id.keys()
+        if unmatched:  # look there before complaining
+            unmatched -= {e.id for where in elsewhere for e in load_dataset(*where, root)}
         counts["teacher_ids_unmatched"] += len(unmatched)
-        # Files for all splits may be given at once: look there before complaining.
-        others = (s for s in SPLITS if has_split(task.name, s, root))
-        if len(unmatched) == len(ids) and not any(
-            example.id in ids for s in others for example in load_dataset(task.name, s, root)
-        ):
+        if unmatched == ids:
             raise UserError(
                 f"{file} is for another dataset: none of its {len(ids)} ids is in {task.name}, "
                 f"whose ids look like {examples[0].id!r}"

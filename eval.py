@@ -40,6 +40,7 @@ STUDENT = T5  # a fork puts its own class here: nothing else names the architect
 
 LABEL_TOKENS, RATIONALE_TOKENS = 64, 256  # greedy decoding; the released code's 64 cuts rationales
 MAX_SOURCE = 1024  # Appendix A.1
+NAMED = ("palm", "neox", "human")  # --rationales that are not a teacher's files
 
 
 # ----------------------------------------------------------------------------- processes
@@ -263,7 +264,7 @@ def rationale_source(
     the method needs rationales: the released completions for the four benchmarks; a folder (and
     the demo) carries its own."""
     if names:
-        return names[0] if names[0] in ("palm", "neox", "human") and len(names) == 1 else names
+        return names[0] if names[0] in NAMED and len(names) == 1 else names
     return "palm" if needed and dataset in ("svamp", "cqa", "esnli", "anli1") else None
 
 

@@ -60,6 +60,7 @@ from data import (
 )
 from dsbs import METHODS, PREFIXES, make_rows, multitask_loss, wanted_label
 from eval import (
+    NAMED,
     Student,
     autocast,
     choose_device,
@@ -107,6 +108,8 @@ class Config:
     rationales: str | list[str] | None = None
     prefixes: str = "paper"
     fraction: float = 1.0  # of the training examples
+    augment: str | None = None  # asdiv: inputs without labels, for which the teacher's stand in
+    augment_fraction: float = 1.0  # of those
     steps: int | None = None
     batch_size: int | None = None  # examples in an optimizer step, over all processes
     lr: float | None = None
@@ -148,6 +151,18 @@ def resolve(config: Config) -> Config:
         c.rationales = [c.rationales]
     uses = c.method != "standard" or c.labels == "teacher"
     c.rationales = rationale_source(c.rationales, c.dataset, uses)
+    if c.augment:
+        one_of("augment", c.augment, ("asdiv",))
+        if get_task(c.dataset).scorer != "arithmetic":
+            raise UserError(f"--augment {c.augment} with --dataset {c.dataset}: its answers are "
+                            "equations; allowed: svamp")  # fmt: skip
+        if not teacher_files(c):
+            raise UserError(f"--augment {c.augment} needs a teacher's answers to it; annotate it "
+                            f"with `python teacher.py --dataset {c.augment}` and add the file to "
+                            f"--rationales, which may be `palm teacher/{c.augment}.train.jsonl`")
+    elif isinstance(c.rationales, list) and set(c.rationales) & set(NAMED):
+        raise UserError(f"--rationales {' '.join(c.rationales)}: allowed are one of "
+                        f"{', '.join(NAMED)}, or files; both together are for --augment")
     for name, value in RECIPES[c.size].items():
         if getattr(c, name) is None:
             setattr(c, name, value)
@@ -169,13 +184,14 @@ def resolve(config: Config) -> Config:
         raise UserError(f"--seed {c.seed}: must not be negative")
     bounds = {  # also refuses NaN
         "fraction": (0 < c.fraction <= 1, "above 0 and at most 1"),
+        "augment_fraction": (0 < c.augment_fraction <= 1, "above 0 and at most 1"),
         "lr": (0 < c.lr < math.inf, "a positive number"),
         "lam": (0 <= c.lam < math.inf, "0 or a positive number"),
         "dropout": (0 <= c.dropout < 1, "at least 0 and below 1"),
     }
     for name, (fine, allowed) in bounds.items():
         if not fine:
-            raise UserError(f"--{name} {getattr(c, name)}: must be {allowed}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be {allowed}")
     return c
 
 
@@ -264,7 +280,8 @@ def weights_hashes(folder: Path) -> dict[str, str]:
 def provenance(c: Config) -> dict:
     """All that decides a run's result besides its configuration: data, weights, code, versions."""
     splits = ["train", "valid"] + ["test"] * has_split(c.dataset, "test", c.data_root)
-    paths: set[Path] = set()
+    paths: set[Path] = set(data_files("asdiv", "train", c.data_root) if c.augment else ())
+    paths.update(map(Path, teacher_files(c)))
     for split in splits:
         paths.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
     facts = [path.with_name("task.json") for path in paths if path.name == "train.jsonl"]
@@ -419,12 +436,35 @@ def load_state(out: Path, model: nn.Module, optimizer) -> dict | None:
 # --------------------------------------------------------------------------------------- data
 
 
+def teacher_files(c: Config) -> list[str]:
+    """Those of --rationales that are files; palm, neox and human are names."""
+    return [r for r in c.rationales if r not in NAMED] if isinstance(c.rationales, list) else []
+
+
 def split_rationales(c: Config, split: str) -> str | list[str] | None:
     """What to join to a split: the teacher's answers are needed on valid and test only where the
     student reads them, or where nobody else has labelled the examples."""
-    unlabelled = c.labels == "teacher" and isinstance(c.rationales, list)
+    named = [r for r in c.rationales if r in NAMED] if isinstance(c.rationales, list) else []
+    source = named[0] if named else c.rationales
+    unlabelled = c.labels == "teacher" and isinstance(source, list)
     needed = split == "train" or c.method == "rationale-input" or unlabelled
-    return c.rationales if needed else None
+    return source if needed else None
+
+
+def augmenting(c: Config, counts: Counter) -> list[Example]:
+    """That part of ASDiv, its teacher's labels as labels (Figures 7 and 9)."""
+    examples = load_dataset(
+        c.augment, "train", c.data_root, teacher_files(c), counts, beside=c.dataset
+    )
+    for example in examples:
+        example.label = example.teacher_label
+    return fraction_of(examples, c.augment_fraction, [c.seed, 2])
+
+
+def fraction_of(examples: list[Example], fraction: float, seed: list[int]) -> list[Example]:
+    """A seeded prefix of a seeded order: smaller fractions are contained in larger ones."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [examples[i] for i in np.sort(order[: max(1, round(fraction * len(order)))])]
 
 
 @dataclass
@@ -448,14 +488,15 @@ def prepare(c: Config) -> Data:
     counts = Counter()
 
     def load(split: str, counts: Counter | None = None) -> list[Example]:
-        return load_dataset(c.dataset, split, c.data_root, split_rationales(c, split), counts)
+        return load_dataset(
+            c.dataset, split, c.data_root, split_rationales(c, split), counts, c.augment
+        )
 
     everything, valid = load("train", counts), load("valid")
     test = load("test") if has_split(c.dataset, "test", c.data_root) else None
-    # A seeded prefix of a seeded order: smaller fractions are contained in larger ones.
-    order = np.random.default_rng([c.seed, 1]).permutation(len(everything))
-    kept = np.sort(order[: max(1, round(c.fraction * len(order)))])
-    examples = [everything[i] for i in kept]
+    examples = fraction_of(everything, c.fraction, [c.seed, 1])
+    more = augmenting(c, counts) if c.augment else []
+    n_own, examples = len(examples), examples + more
     usable = [e for e in examples if wanted_label(e, c.labels) is not None]
     if not usable:
         raise UserError(f"none of {len(examples)} training examples has a {c.labels} label; "
@@ -468,8 +509,9 @@ def prepare(c: Config) -> Data:
     rows = tokenize_rows(made, tokenizer, evaluation.MAX_SOURCE, MAX_TARGET)
     share = lambda part, whole: f"{part:,} ({100 * part / max(whole, 1):.2f} %)"  # noqa: E731
     notes = [
-        f"data: {c.dataset}, {len(examples):,} of {len(everything):,} training examples "
-        f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test or []):,} test",
+        f"data: {c.dataset}, {n_own:,} of {len(everything):,} training examples "
+        f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test or []):,} test"
+        + (f"; {len(more):,} of {c.augment} with the teacher's labels" if more else ""),
         f"left out, no {c.labels} label: {len(examples) - len(usable):,}; "
         f"without rationale: {bare if c.method != 'standard' else 0:,}; "
         f"teacher labels outside the set: {counts['teacher_labels_dropped']:,}; "
@@ -809,6 +851,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rationales", nargs="+", help="palm, neox, human, or a teacher's .jsonl files")
     add("--prefixes", help="paper (default) or released")
     add("--fraction", type=float, help="of the training examples, above 0 and at most 1")
+    add("--augment", help="asdiv: train on its problems too, with a teacher's labels")
+    add("--augment-fraction", type=float, help="of those; default 1")
     add("--steps", type=int)
     add("--batch-size", type=int, help="examples in an optimizer step, over all processes")
     add("--lr", type=float)

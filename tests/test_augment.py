@@ -1,0 +1,110 @@
+"""SVAMP and, without human labels, ASDiv: `--augment asdiv` (Figures 7 and 9)."""
+
+import json
+from collections import Counter
+
+import pytest
+from conftest import read_jsonl, run
+
+import train
+
+QUICK = "--steps 4 --batch-size 6 --eval-every 2".split()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A data root of 20 problems of SVAMP's, 5 of its test and 12 of ASDiv's, and a teacher's
+    answers to both: none to ASDiv's last, no equation for the one before."""
+    (tmp_path / "svamp").mkdir()
+    (tmp_path / "asdiv").mkdir()
+    for split, n in (("train", 20), ("test", 5)):
+        rows = [{"input": f"Ann has {i} pens and gets 2.\nHow many?", "label": f"( {i} + 2 )"}
+                for i in range(n)]  # fmt: skip
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "svamp" / f"svamp_{split}.json").write_text(lines)
+    problems = "".join(
+        f'<Problem ID="n-{i}"><Body>Bob had {i} figs.</Body><Question>Now?</Question>'
+        f"<Answer>{i}</Answer></Problem>" for i in range(12)
+    )  # fmt: skip
+    (tmp_path / "asdiv" / "ASDiv.xml").write_text(f"<Machine>{problems}</Machine>")
+    answers = {
+        "svamp": [(f"svamp-train-{i}", f"({i} + 2)") for i in range(20)],
+        "asdiv": [(f"n-{i}", f"({i} * 1)") for i in range(10)] + [("n-10", "many")],
+    }
+    for name, some in answers.items():
+        lines = (json.dumps({"id": id, "rationale": "So it is.", "teacher_label": label}) + "\n"
+                 for id, label in some)  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def config(root, *sources, **more) -> train.Config:
+    sources = [s if s == "palm" else str(root / f"{s}.jsonl") for s in sources]
+    return train.resolve(train.Config(dataset="svamp", data_root=str(root), rationales=sources,
+                                      augment="asdiv", **more))  # fmt: skip
+
+
+def test_asdiv_is_added_with_the_teachers_labels(root):
+    c = config(root, "svamp", "asdiv", labels="teacher")
+    data = train.prepare(c)
+    assert len(data.ids) == 18 + 10  # two of SVAMP's are valid; two of ASDiv's have no label
+    assert sum(id.startswith("n-") for id in data.ids) == 10
+    assert len(data.rows) == 2 * 28
+    assert len(data.valid) == 2 and len(data.test) == 5, "only training gets more"
+    assert "18 of 18 training" in data.notes[0] and "12 of asdiv" in data.notes[0]
+    assert "outside the set: 1;" in data.notes[1] and "without an example: 0" in data.notes[1]
+
+
+def test_a_smaller_part_is_contained_in_a_larger(root):
+    def ids(fraction):
+        c = config(root, "svamp", "asdiv", labels="teacher", augment_fraction=fraction)
+        return set(train.prepare(c).ids)
+
+    assert ids(0.25) < ids(0.5) < ids(1.0)
+    counts = Counter()
+    c = config(root, "svamp", "asdiv", augment_fraction=0.5)
+    assert len(train.augmenting(c, counts)) == 6
+
+
+def test_human_labels_for_svamp_and_the_teachers_for_asdiv(root):
+    data = train.prepare(config(root, "asdiv", labels="human", method="standard"))
+    assert len(data.ids) == 18 + 10
+
+
+def test_palm_for_svamp_and_files_for_asdiv(root):
+    (root / "svamp" / "llm").mkdir()
+    said = [f"There are {i} and 2. The answer is ({i} + 2)." for i in range(20)]
+    for i, part in enumerate((said[:10], said[10:])):
+        (root / "svamp" / "llm" / f"train_CoT_{i}.json").write_text(json.dumps(part))
+    data = train.prepare(config(root, "palm", "asdiv", labels="teacher"))
+    assert len(data.ids) == 28 and len(data.rows) == 56
+
+
+def test_it_trains_to_a_result(root):
+    words = ["train.py", "--dataset", "svamp", "--data-root", root, "--labels", "teacher",
+             "--rationales", root / "svamp.jsonl", root / "asdiv.jsonl", "--augment", "asdiv",
+             "--augment-fraction", "0.5", *QUICK, "--out", root / "run"]  # fmt: skip
+    run(*words)
+    result = json.loads((root / "run" / "result.json").read_text())
+    assert result["n_test"] == 5
+    about = json.loads((root / "run" / "run.json").read_text())
+    assert about["config"]["augment_fraction"] == 0.5
+    hashed = {name.rsplit("/", 1)[-1] for name in about["data_sha256"]}
+    assert {"ASDiv.xml", "asdiv.jsonl", "svamp.jsonl", "svamp_train.json"} <= hashed
+    assert len(read_jsonl(root / "run" / "metrics.jsonl")) == 4
+    done = run(*words)
+    assert "is finished" in done.stdout
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--dataset", "svamp", "--augment", "cqa"], "allowed: asdiv"),
+    (["--dataset", "demo", "--augment", "asdiv"], "allowed: svamp"),
+    (["--dataset", "svamp", "--augment", "asdiv"], "teacher.py --dataset asdiv"),
+    (["--dataset", "svamp", "--rationales", "palm", "x.jsonl"], "both together"),
+    (["--dataset", "svamp", "--augment", "asdiv", "--rationales", "x.jsonl",
+      "--augment-fraction", "0"], "--augment-fraction 0"),
+])  # fmt: skip
+def test_mistakes_are_told_in_a_line(root, words, said):
+    done = run("train.py", *words, "--data-root", root, "--out", root / "run", check=2)
+    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert not (root / "run").exists()
