@@ -17,6 +17,7 @@ an input after "Q: " and its rationale and answer after "A: ", parted by blank l
 import argparse
 import contextlib
 import email.utils
+import errno
 import fcntl
 import functools
 import hashlib
@@ -28,12 +29,12 @@ import random
 import re
 import shlex
 import signal
+import socket
 import ssl
 import sys
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -148,38 +149,31 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
 
 def _parse_prompt(name: str, path: Path, form: str) -> tuple[str, list[tuple[str, str]]]:
     """(instruction, demonstrations) of a file whose blocks are parted by blank lines."""
-    instruction, demonstrations = [], []
-    numbered = enumerate(path.read_text("utf-8").splitlines(), 1)
-    for blank, block in itertools.groupby(numbered, lambda line: not line[1].strip()):
-        lines = [(n, line.rstrip()) for n, line in block if demonstrations or line[:1] != "#"]
-        if blank or not lines:
-            continue
+    text, instruction, demonstrations = path.read_text("utf-8"), "", []
 
-        def fail(number: int, reason: str) -> None:
-            raise UserError(f"{path}:{number}: {reason}; a demonstration is 'Q: ' and an input, "
-                            f"'A: ' and a rationale ending in '{form}', then a blank line")
+    def fail(number: int, reason: str) -> None:
+        raise UserError(f"{path}:{number}: {reason}; a demonstration is 'Q: ' and an input, then "
+                        f"'A: ' and a rationale ending in {form!r}, then a blank line")
 
-        first, begin = lines[0]
-        if not demonstrations and not begin.startswith(("Q:", "A:")):
-            instruction += [line for _, line in lines]
+    for block in re.finditer(r"(?:.*\S.*\n?)+", text):
+        number = text.count("\n", 0, block.start()) + 1
+        start, *parts = re.split(r"^([QA]):", block[0], flags=re.MULTILINE)
+        if not demonstrations:
+            start = re.sub(r"^#.*\n?", "", start, flags=re.MULTILINE)
+        if not parts and not demonstrations:
+            instruction = f"{instruction}\n{start.strip()}".strip()
             continue
-        starts = [i for i, (_, line) in enumerate(lines) if line.startswith(("Q:", "A:"))]
-        heads = [lines[i][1][:2] for i in starts]
-        if heads != ["Q:", "A:"] or starts[0] != 0:
-            fail(first, f"{begin[:60]!r} does not begin a demonstration" if starts[:1] != [0]
-                 else f"a block with {', '.join(heads)}")
-        question, answer = (
-            "\n".join(line for _, line in part)[2:].strip()
-            for part in (lines[: starts[1]], lines[starts[1] :])
-        )
-        number, parsed = lines[starts[1]][0], parse_completion(name, answer)
-        if not question or not parsed or not parsed[0]:
-            fail(number if question else first, f"{answer[-60:]!r} does not read as a rationale "
-                 "and an answer" if question else "an empty input")  # fmt: skip
-        if allowed := not_allowed(get_task(name), question, parsed[1]):
-            fail(number, f"label {parsed[1]!r} is not {allowed}")
+        if start or parts[::2] != ["Q", "A"]:
+            fail(number, f"{(start or block[0])[:60]!r} is not one Q and one A")
+        question, answer = parts[1].strip(), parts[3].strip()
+        rationale, label = parse_completion(name, answer) or ("", "")
+        number += parts[1].count("\n")
+        if not question or not rationale:
+            fail(number, f"no input before it, or {answer[-60:]!r} is no rationale with an answer")
+        if allowed := not_allowed(get_task(name), question, label):
+            fail(number, f"label {label!r} is not {allowed}")
         demonstrations.append((question, answer))
-    return "\n".join(instruction), demonstrations
+    return instruction, demonstrations
 
 
 # ---- The raw log ---------------------------------------------------------------------------------
@@ -206,6 +200,9 @@ class Log:
                 tail -= 1
             file.seek(tail)
             if torn := file.read():
+                if not torn.startswith(b'{"id": "'[: len(torn)]):
+                    raise UserError(f"{path} is no raw log: it ends in {torn[:60]!r}; give "
+                                    "another --out")  # fmt: skip
                 if _record(torn) is None:
                     print(f"{path}: a torn last line of {len(torn)} bytes is taken off")
                     os.truncate(self.file, tail)
@@ -216,8 +213,10 @@ class Log:
         """Writes one line with one call, so that no crash of ours leaves half of it."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         with self.guard:
-            if os.write(self.file, line) < len(line):
-                raise OSError(28, f"no space for a whole line of {self.path}")
+            size = os.fstat(self.file).st_size
+            if os.write(self.file, line) < len(line):  # a full disk takes a part
+                os.ftruncate(self.file, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def __enter__(self) -> "Log":
         return self
@@ -343,11 +342,12 @@ def derive(
     }
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, lines: Iterable[str]) -> None:
     """Beside, and then renamed: a reader finds the old file or the new one."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(text, "utf-8")
+        with open(beside, "w", encoding="utf-8") as file:
+            file.writelines(lines)
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -374,7 +374,7 @@ class Refusal(Exception):
     """A 4xx that says no to this request as it is."""
 
     def __init__(self, status: int, words: str, raw: str):
-        super().__init__(f"HTTP {status}: {words}")
+        super().__init__(words)
         self.status, self.raw = status, raw
 
 
@@ -397,14 +397,14 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def base_urls(url: str) -> list[str]:
     """Where the API may lie: what is given, with or without /v1; UserError for no URL."""
-    parts = urllib.parse.urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise UserError("--base-url must be like http://localhost:8000/v1, without a user or "
-                        "password in it; a key comes from OPENAI_API_KEY")  # fmt: skip
-    path = re.sub(r"/(chat/)?completions$", "", parts.path.rstrip("/")).rstrip("/")
+    parts = re.fullmatch(r"(https?://)(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?", url.strip())
+    if not parts or re.search(r"[@?#]", parts[4] or ""):
+        raise UserError("--base-url must be like http://localhost:8000/v1, without a password or "
+                        "a query in it; a key comes from OPENAI_API_KEY")  # fmt: skip
+    path = re.sub(r"/(chat/)?completions$", "", (parts[4] or "").rstrip("/")).rstrip("/")
     versioned = re.search(r"/v\d\w*(/|$)", path)
     paths = [path] if versioned else [path, path + "/v1"] if path else ["/v1", ""]
-    return [f"{parts.scheme}://{parts.netloc}{path}" for path in paths]
+    return [f"{parts[1]}{parts[2]}{parts[3] or ''}{path}" for path in paths]
 
 
 UNKNOWN_MODEL = re.compile(
@@ -487,7 +487,8 @@ class Client:
                 raise Retry("an answer that is not a JSON object")
             return value
         words = error.get("message") if isinstance(error, dict) else error
-        words = words if isinstance(words, str) else re.sub(r"<[^>]*>|\s+", " ", text).strip()
+        words = words if isinstance(words, str) else re.sub(r"<[^>]*>|\s+", " ", text)
+        words = (words.replace(self.key, "[key]") if self.key else words).strip()
         words = f"HTTP {status}: {words[:300] or 'no words'}"
         if 300 <= status < 400:
             raise Stop(f"{words}; {dialect.url} redirects to {response.headers.get('Location')}: "
@@ -496,7 +497,7 @@ class Client:
             status == 429 and NO_QUOTA.search(text)
         ):
             raise Stop(words)
-        if status in (408, 409, 425, 429) or status >= 500:
+        if status in (408, 409, 425, 429) or (status >= 500 and status != 501):
             raise Retry(words, retry_after(after), shared=status == 429)
         raise Refusal(status, words, text)
 
@@ -505,8 +506,9 @@ class Client:
         cause = getattr(error, "reason", error)
         words = f"{type(cause).__name__}: {cause}"
         if isinstance(cause, ssl.SSLCertVerificationError) or (
-            isinstance(cause, ConnectionRefusedError) or "getaddrinfo" in repr(cause)
-        ) and not (self.answered or self.said):
+            isinstance(cause, ConnectionRefusedError | socket.gaierror)
+            and not (self.answered or self.said)
+        ):
             raise Stop(f"cannot reach {dialect.url}: {words}") from None
         raise Retry(words) from None
 
@@ -521,8 +523,8 @@ class Client:
                 place = self.routes.index((dialect.url, dialect.api)) + 1
                 if self.answered or place == len(self.routes):
                     raise Stop(f"{refusal} ({dialect.url}, {dialect.api} API)")
-                new, what = replace(dialect, **dict(zip(("url", "api"), self.routes[place]))), None
-                what = f"{new.api} API at {new.url}"
+                url, api = self.routes[place]
+                new, what = replace(dialect, url=url, api=api), f"the {api} API at {url}"
             elif "max_completion_tokens" in raw and dialect.limit == "max_tokens":
                 new = replace(dialect, limit="max_completion_tokens")
                 what = "max_completion_tokens instead of max_tokens"
@@ -593,6 +595,8 @@ class Client:
             try:
                 while True:
                     with self.guard:
+                        if self.tokens >= (self.args.max_tokens_total or float("inf")):
+                            self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
                         job = None if self.stopping.is_set() else next(jobs, None)
                     record = job and self.settle(*job)
                     if record is None:
@@ -643,8 +647,6 @@ class Client:
             bar.update()
         if self.in_a_row > GIVE_UP + self.args.concurrency:
             self.stop(f"{self.in_a_row} failures in a row, the last: {record['error']}")
-        if self.tokens >= (self.args.max_tokens_total or float("inf")):
-            self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
 
 
 def retry_after(value: str | None) -> float:
@@ -678,11 +680,12 @@ def read_reply(reply: dict, body: dict) -> dict:
         answer = {"completion": None, "finish_reason": finish, "error": refused or finish}
     elif content is None and not reasoning and finish != "length":
         raise Retry("an answer with null content")
-    usage = reply.get("usage")
-    if not isinstance(usage, dict) or not isinstance(usage.get("total_tokens"), int):
+    usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
+    usage = {key: n for key, n in usage.items() if isinstance(n, int)}
+    if "total_tokens" not in usage:
         asked = body.get("prompt") or "".join(turn["content"] for turn in body["messages"])
         total = (len(asked) + len(answer["completion"] or "") + len(reasoning)) // 4
-        usage = {"total_tokens": total, "estimated": True}  # four characters a token
+        usage = {"total_tokens": total, "estimated": 1}  # by four characters a token
     return answer | {"usage": usage}
 
 
@@ -873,8 +876,8 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
     show(report)
     if args.out:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(Path(args.out + ".jsonl"), "".join(lines))
-        write_whole(Path(args.out + ".report.json"), json.dumps(report, indent=1) + "\n")
+        write_whole(Path(args.out + ".jsonl"), lines)
+        write_whole(Path(args.out + ".report.json"), [json.dumps(report, indent=1) + "\n"])
         print(f"{len(rows):,} examples (--keep {args.keep}) in {args.out}.jsonl, report in "
               f"{args.out}.report.json")  # fmt: skip
     if args.parse_only or args.completions:

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, read_jsonl, run
 
 import eval as evaluation
+import teacher
 import train
 
 README = (ROOT / "README.md").read_text()
@@ -35,6 +36,8 @@ def test_commands_parse(command):
     if words[script] == "train.py":
         given = vars(train.parse_args(words[script + 1 :]))
         assert given.keys() <= {f.name for f in train.fields(train.Config)} | {"out", "resume"}
+    elif words[script] == "teacher.py":
+        teacher.check(teacher.parse_args(words[script + 1 :]))
     else:
         evaluation.parse_args(words[script + 1 :])
 
