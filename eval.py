@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ STUDENT = T5  # a fork puts its own class here: nothing else names the architect
 
 LABEL_TOKENS, RATIONALE_TOKENS = 64, 256  # greedy decoding; the released code's 64 cuts rationales
 MAX_SOURCE = 1024  # Appendix A.1
+MAX_TOKENS = 8_192  # source tokens in a batch that is decoded
 NAMED = ("palm", "neox", "human")  # --rationales that are not a teacher's files
 
 
@@ -79,12 +81,14 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextlib.contextmanager
-def processes(device: torch.device) -> Iterator[None]:
-    """The process group of torchrun's environment, if there is one: NCCL on GPUs, gloo on CPUs."""
+def processes(device: torch.device, timeout: float = 1800) -> Iterator[None]:
+    """The process group of torchrun's environment, if there is one: NCCL on GPUs, gloo on CPUs.
+    A rank that waits for another for longer than `timeout` seconds gives up."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield
     finally:
@@ -108,10 +112,10 @@ class Student:
     precision: str = "fp32"
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path, *prepare: Any) -> nn.Module:
     """STUDENT.from_pretrained with its complaints turned into a UserError."""
     try:
-        return STUDENT.from_pretrained(folder)
+        return STUDENT.from_pretrained(folder, *prepare)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -150,6 +154,24 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     )
 
 
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """A sharded model (FSDP) put together once on every rank, for as long as it decodes: then no
+    token needs the others, and ranks may decode different numbers of them. Else nothing."""
+    units = []
+    if dist.is_initialized():
+        from torch.distributed.fsdp import FSDPModule  # takes a while, so only where it is needed
+
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+        unit.reshard()
+
+
 def generate_texts(
     student: Student,
     sources: list[str | tuple[str, ...]],
@@ -159,15 +181,16 @@ def generate_texts(
 ) -> list[str]:
     """One greedy completion per source, in the order given, on every rank.
 
-    Sources are sorted by length into batches and the batches dealt to the ranks, so that each
-    source is decoded once; all ranks run the same number of batches (a spare one is one dummy
-    row), so that a sharded model can be asked too.
+    Sources are sorted by length into batches (of at most MAX_TOKENS, padding included) and the
+    batches dealt to the ranks, so that each source is decoded once.
     """
     rank, world = rank_and_world()
     ids = student.tokenizer.encode_batch(sources, MAX_SOURCE)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches += [[] for _ in range(-len(batches) % world)]
+    batches = []
+    while order:  # the longest first
+        rows = max(1, min(batch_size, MAX_TOKENS // len(ids[order[0]])))
+        batches, order = [*batches, order[:rows]], order[rows:]
     model, device, mine = student.model, student.device, {}
     was_training = model.training
     model.eval()
@@ -175,18 +198,18 @@ def generate_texts(
         batches[rank::world], desc=progress, leave=False,
         disable=rank > 0 or not progress or not sys.stderr.isatty(),
     )
-    for batch in bar:
-        rows = [ids[i] for i in batch] or [[student.tokenizer.eos_id]]
-        input_ids = pad(rows, student.tokenizer.pad_id)
-        mask = pad([[1] * len(row) for row in rows], 0)
-        with autocast(device, student.precision):
+    with gathered(model), autocast(device, student.precision):
+        for batch in bar:
+            rows = [ids[i] for i in batch]
+            input_ids = pad(rows, student.tokenizer.pad_id)
+            mask = pad([[1] * len(row) for row in rows], 0)
             tokens = model.generate(
                 torch.from_numpy(input_ids).to(device),
                 torch.from_numpy(mask).to(device),
                 max_new_tokens=max_new_tokens,
             )
-        for i, row in zip(batch, tokens.tolist()):
-            mine[i] = student.tokenizer.decode(row)
+            for i, row in zip(batch, tokens.tolist()):
+                mine[i] = student.tokenizer.decode(row)
     model.train(was_training)
     parts = [mine]
     if world > 1:

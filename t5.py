@@ -33,11 +33,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
 MAX_SHARD_BYTES = 5_000_000_000
+MAX_LEGACY_BYTES = 5_000_000_000
+LEGACY = (
+    "{path} is in torch's old format, which must be read whole by every process; convert it once, "
+    "into shards that need not, with\n  python -c \"import t5; t5.convert('{folder}')\""
+)
 
 # The published v1.1 checkpoints, and a tiny one for the bundled task.
 PRESETS: dict[str, dict] = {
@@ -440,9 +444,14 @@ class T5(nn.Module):
         return torch.cat(tokens, dim=1) if tokens else input_ids.new_zeros((rows, 0))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> T5:
+    def from_pretrained(
+        cls, folder: str | os.PathLike, prepare: Callable[[T5], Own] | None = None
+    ) -> T5:
         """A model in `eval()` mode, float32, on the CPU, from a Hugging Face folder: `config.json`
         and `model.safetensors` or `pytorch_model.bin`, each single or sharded with an index.
+
+        `prepare` may turn the model, still without memory, into one that holds a part of each
+        parameter; it says which (`Own`), and only that part is read.
 
         Raises ValueError, in one line, for a folder or file that is missing or damaged, an
         unsupported config, a wrong shape, and for tensors that are missing or left over.
@@ -454,17 +463,32 @@ class T5(nn.Module):
             head, shared = readers.get("lm_head.weight"), readers.get("shared.weight")
             # transformers >= 5 writes tie_word_embeddings = true whatever is true: ask the tensors.
             if config.tie_word_embeddings and head and shared:
-                config.tie_word_embeddings = torch.equal(head(), shared())
+                config.tie_word_embeddings = same(head, shared)
             with torch.device("meta"):
                 model = cls(config)
-            model.to_empty(device="cpu")
-            load_weights(model, readers, folder)
+            if prepare:
+                load_weights(model, readers, folder, prepare(model))
+            else:
+                load_weights(model.to_empty(device="cpu"), readers, folder)
         return model.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        fetch: Callable[[Tensor], Tensor] = Tensor.detach,
+        write: bool = True,
+    ) -> None:
         """Writes `config.json` and `model.safetensors` (above 5 GB shards with an index) in Hugging
-        Face's layout. Each file is written beside and renamed; the folder's other files stay."""
+        Face's layout. Each file is written beside and renamed; the folder's other files stay.
+
+        One tensor at a time is fetched, in one order everywhere: where `fetch` puts a parameter
+        together from the parts that several processes hold, all of them call this, and one writes.
+        """
         folder = Path(folder)
+        if not write:
+            for parameter in self.parameters():
+                fetch(parameter)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {hf_name(name): p for name, p in self.named_parameters()}
         shards: list[list[str]] = [[]]
@@ -479,7 +503,7 @@ class T5(nn.Module):
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         names = ["model.safetensors"] if single else names
         for name, shard in zip(names, shards):
-            write_tensors(folder / (name + ".tmp"), {key: tensors[key] for key in shard})
+            write_tensors(folder / (name + ".tmp"), {key: tensors[key] for key in shard}, fetch)
         for name in names:
             os.replace(folder / (name + ".tmp"), folder / name)
         index = folder / "model.safetensors.index.json"
@@ -563,9 +587,34 @@ def read_config(folder: Path) -> T5Config:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
-def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
-    """Hugging Face name -> a function that reads that tensor, for every tensor in the folder's
-    weight files, which stay open (and memory-mapped) as long as `files`."""
+@dataclass
+class Stored:
+    """A tensor in a file: read(first, end) gives these rows, and touches no others."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[int, int], Tensor]
+
+
+# What a process holds of a parameter: a tensor to fill, and which rows it is (first, end).
+Own = Callable[[nn.Parameter], tuple[Tensor, int, int]]
+
+
+def whole(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
+    """All of it."""
+    return parameter, 0, parameter.shape[0]
+
+
+def same(a: Stored, b: Stored, rows: int = 1024) -> bool:
+    """Are two stored tensors equal? Up to the first difference, a few rows at a time."""
+    return a.shape == b.shape and all(
+        torch.equal(a.read(i, i + rows), b.read(i, i + rows)) for i in range(0, a.shape[0], rows)
+    )
+
+
+def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Stored]:
+    """Hugging Face name -> what is stored, for every tensor in the folder's weight files, which
+    stay open (and memory-mapped) as long as `files`."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (folder / single).exists():
             shards = [single]
@@ -583,7 +632,7 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Callable[[], Te
             f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, "
             "or either with an .index.json and its shards"
         )
-    readers: dict[str, Callable[[], Tensor]] = {}
+    readers: dict[str, Stored] = {}
     for shard in shards:
         try:
             readers.update(read_file(folder / shard, files))
@@ -598,26 +647,34 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Callable[[], Te
     return readers
 
 
-def read_file(path: Path, files: ExitStack) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """(name, reader) of each tensor in one weight file."""
+def read_file(path: Path, files: ExitStack) -> Iterator[tuple[str, Stored]]:
+    """(name, what is stored) of each tensor in one weight file."""
     if path.suffix == ".safetensors":
         handle = files.enter_context(safe_open(path, framework="pt"))
         for name in handle.keys():
-            yield name, lambda name=name: handle.get_tensor(name)
+            part = handle.get_slice(name)
+            shape = tuple(part.get_shape())
+            dtype = (part[:1] if shape else handle.get_tensor(name)).dtype
+            yield name, Stored(shape, dtype, lambda i, j, part=part: part[i:j])
         return
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # torch >= 1.6; only these can be memory-mapped
+    if not zipped and path.stat().st_size > MAX_LEGACY_BYTES:
+        raise ValueError(LEGACY.format(path=path, folder=path.parent))
     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
     ):
         raise ValueError("not a mapping from names to tensors")
     for name, tensor in tensors.items():
-        yield name, lambda tensor=tensor: tensor
+        read = lambda i, j, tensor=tensor: tensor[i:j]  # noqa: E731
+        yield name, Stored(tuple(tensor.shape), tensor.dtype, read)
 
 
-def load_weights(model: nn.Module, readers: dict[str, Callable[[], Tensor]], folder: Path) -> None:
-    """Copies every tensor of a checkpoint into the model, one at a time.
+def load_weights(
+    model: nn.Module, readers: dict[str, Stored], folder: Path, own: Own = whole
+) -> None:
+    """Copies every tensor of a checkpoint into the model, one at a time, or what is its own.
 
     Raises ValueError unless each tensor is a parameter, a known alias (equal to what it repeats)
     or on the short ignore list, and each parameter is found.
@@ -638,16 +695,17 @@ def load_weights(model: nn.Module, readers: dict[str, Callable[[], Tensor]], fol
             f"left over {show(left_over)}"
         )
     for name, source in found.items():
-        tensor, parameter = readers[source](), wanted[name]
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+        stored, parameter = readers[source], wanted[name]
+        if stored.shape != parameter.shape or not stored.dtype.is_floating_point:
             raise ValueError(
-                f"{folder}: {source} is {tensor.dtype} {tuple(tensor.shape)}, but its config.json "
+                f"{folder}: {source} is {stored.dtype} {stored.shape}, but its config.json "
                 f"asks for float {tuple(parameter.shape)}"
             )
+        tensor, first, end = own(parameter)
         with torch.no_grad():
-            parameter.copy_(tensor)
+            tensor.copy_(stored.read(first, end))
     for name, original in repeats:
-        if name != found[original] and not torch.equal(readers[name](), readers[found[original]]()):
+        if name != found[original] and not same(readers[name], readers[found[original]]):
             raise ValueError(f"{folder}: {name} differs from {original}, which it should repeat")
 
 
@@ -659,13 +717,34 @@ def show(names: list[str], most: int = 12) -> str:
     return f"{len(names)} ({', '.join(map(repr, names[:most]))}{rest})"
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that others may read too: the library's own are for the owner alone."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for the format
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+def convert(folder: str | os.PathLike) -> None:
+    """Turns a folder's .bin files into safetensors shards beside them, one file in memory at a
+    time, once and in one process; from then on those are read."""
+    folder, shards, weight_map = Path(folder), sorted(Path(folder).glob("*.bin")), {}
+    for i, path in enumerate(shards, 1):
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_tensors(folder / (name + ".tmp"), tensors, Tensor.detach)
+        os.replace(folder / (name + ".tmp"), folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        del tensors
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], fetch: Callable) -> None:
+    """A safetensors file of float32, written one fetched tensor at a time: the library's own writer
+    asks for all of them at once. https://github.com/huggingface/safetensors#format"""
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)
+    with open(path, "wb") as file:
+        file.write(len(described).to_bytes(8, "little") + described)
+        for tensor in tensors.values():
+            file.write(fetch(tensor).detach().float().cpu().contiguous().numpy())
 
 
 def write_json(path: Path, value: dict) -> None:

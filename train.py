@@ -27,8 +27,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval as evaluation
@@ -72,18 +73,27 @@ from eval import (
     rationale_source,
     write_jsonl,
 )
-from t5 import PRESETS, T5Config, shift_right, write_json, write_tensors
+from t5 import (
+    PRESETS,
+    T5,
+    T5Config,
+    load_weights,
+    open_checkpoint,
+    read_config,
+    shift_right,
+    write_json,
+)
 
 HERE = Path(__file__).parent
 DEMO_VOCABULARY = HERE / "demo" / "spiece.model"
 MAX_TARGET = 256  # the released code's cut
 
 # Appendix A.1; small and xl are not in the paper and take their neighbours' recipe. micro_batch
-# is rows in one forward on one device, the only line here that does not change the result.
-PAPER = dict(lr=5e-5, batch_size=64, steps=10_000, eval_every=250, micro_batch=16)
-PAPER_XXL = dict(lr=5e-5, batch_size=32, steps=4_000, eval_every=250, micro_batch=4)
+# (rows in one forward on one device) and recompute do not change the result.
+PAPER = dict(lr=5e-5, batch_size=64, steps=10_000, eval_every=250, micro_batch=16, recompute=False)
+PAPER_XXL = dict(lr=5e-5, batch_size=32, steps=4_000, eval_every=250, micro_batch=2, recompute=True)
 RECIPES = {
-    "tiny": dict(lr=1e-3, batch_size=32, steps=700, eval_every=50, micro_batch=64),
+    "tiny": dict(PAPER, lr=1e-3, batch_size=32, steps=700, eval_every=50, micro_batch=64),
     "small": PAPER,
     "base": PAPER,
     "large": PAPER,
@@ -123,9 +133,10 @@ class Config:
     save_every: int | None = None
     micro_batch: int | None = None
     parallel: str | None = None
+    recompute: bool | None = None  # activations, block by block, in the backward pass
 
 
-MAY_CHANGE = {"save_every", "micro_batch", "parallel"}
+MAY_CHANGE = {"save_every", "micro_batch", "parallel", "recompute"}
 
 
 def one_of(flag: str, value: str, allowed: Iterable[str]) -> None:
@@ -172,11 +183,14 @@ def resolve(config: Config) -> Config:
     c.precision = c.precision or ("bf16" if device.type == "cuda" else "fp32")
     one_of("precision", c.precision, ("fp32", "bf16"))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    c.parallel = c.parallel or ("ddp" if world > 1 else "none")
-    one_of("parallel", c.parallel, ("none", "ddp"))
+    one_of("parallel", c.parallel or "none", ("none", "ddp", "fsdp"))
     if c.parallel == "none" and world > 1:
         raise UserError(f"--parallel none with {world} processes would train {world} models; "
-                        "allowed: ddp")
+                        "allowed: ddp, fsdp")
+    if world == 1:
+        c.parallel = "none"
+    elif c.parallel is None:
+        c.parallel = "ddp" if fits(c, device) else "fsdp"
     for name in ("steps", "batch_size", "eval_every", "save_every", "micro_batch"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
@@ -204,8 +218,8 @@ def run_name(c: Config) -> str:
     for field in fields(c):
         value = getattr(c, field.name)
         if field.name not in skip and value != getattr(default, field.name):
-            value = "+".join(value) if isinstance(value, list) else str(value)
-            parts.append(field.name.replace("_", "-") + "-" + Path(value).name)
+            value = "+".join(Path(v).name for v in (value if type(value) is list else [str(value)]))
+            parts.append(field.name.replace("_", "-") + "-" + value)
     return "runs/" + "_".join([*parts, f"seed-{c.seed}"])
 
 
@@ -333,25 +347,49 @@ def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
     return None
 
 
-def save_student(model: nn.Module, folder: Path, vocabulary: Path, about: dict, card: str) -> None:
+def save_student(c: Config, model: nn.Module, folder: Path, vocabulary: Path, about: dict) -> None:
     """A student that `eval.py` and `transformers` load. The new folder is whole before it takes
-    the old one's place; a crash between the two renames is mended from the state on resume."""
+    the old one's place; a crash between the two renames is mended from the state on resume.
+    Of a sharded model all ranks call this and rank 0 writes."""
     beside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    model.save_pretrained(beside)
+    writes = rank_and_world()[0] == 0
+    if writes:
+        for leftover in (beside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir(parents=True)
+    if c.parallel != "fsdp":
+        model.save_pretrained(beside)
+    elif isinstance(model, T5):
+        model.save_pretrained(beside, lambda part: part.full_tensor(), writes)
+    else:
+        with put_together(model):
+            if writes:
+                model.save_pretrained(beside)
+    if not writes:
+        return
     shutil.copyfile(vocabulary, beside / "spiece.model")
     write_json(beside / "tokenizer_config.json", {
         "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "pad_token": "<pad>",
         "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": evaluation.MAX_SOURCE,
     })  # fmt: skip
-    write_json(beside / "dsbs.json", about)
-    (beside / "README.md").write_text(card)
+    write_json(beside / "dsbs.json", {key: about[key] for key in about if key != "best"})
+    (beside / "README.md").write_text(model_card(c, about["step"], about["best"]))
     if folder.exists():
         os.replace(folder, old)
     os.replace(beside, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def put_together(model: nn.Module) -> Iterator[None]:
+    """Whole parameters on every rank: for a fork that knows how to save only those."""
+    named = [(m, *pair) for m in model.modules() for pair in m._parameters.items()]
+    parts = [(module, name, part) for module, name, part in named if part is not None]
+    for module, name, part in parts:
+        module._parameters[name] = nn.Parameter(part.full_tensor())
+    yield
+    for module, name, part in parts:
+        module._parameters[name] = part
 
 
 def model_card(c: Config, step: int, accuracy: float) -> str:
@@ -385,52 +423,97 @@ def latest_state(out: Path) -> Path | None:
     return pointer.with_name(pointer.read_text()) if pointer.exists() else None
 
 
-def save_state(out: Path, step: int, model: nn.Module, optimizer, facts: dict) -> None:
-    """Writes `state/step-N/` and then points `state/latest` at it. Rank 0 only."""
-    root, before = out / "state", latest_state(out)
-    folder = root / f"step-{step:07}"
+def named_tensors(model: nn.Module, optimizer=None) -> dict[str, Tensor]:
+    """Weights, and AdamW's moments if there is an optimizer, by name; of a sharded model this
+    rank's parts."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters() if optimizer else ():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"optimizer.{name}.{moment}"] = optimizer.state[p][moment]
+    return tensors
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
+    """A sharded checkpoint in safetensors (no pickle): each rank writes its parts, at once."""
+    import torch.distributed.checkpoint as dcp  # takes a while to import
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # one process is meant to be alone
+            dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
+    except CheckpointException as error:  # the same on all ranks
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise OSError(f"rank {rank}: {reason}") from None
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
+    """Fills tensors, or parts of them, whatever the number of processes that saved them."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    with warnings.catch_warnings(action="ignore"):
+        reader = HuggingFaceStorageReader(str(folder))
+        dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
+
+
+def save_state(
+    c: Config, out: Path, step: int, model: nn.Module, optimizer, facts: dict
+) -> float:
+    """Writes `state/step-N/` and then points `state/latest` at it. Of a sharded model the best
+    weights are kept as `state/best-N/`, and become a student when training ends. By rank 0 alone
+    unless the model is sharded. Returns the seconds that it took."""
+    start, sharded, first = time.monotonic(), c.parallel == "fsdp", rank_and_world()[0] == 0
+    root, find = out / "state", lambda: latest_state(out)
+    before = agreed(find) if sharded else find()
+    folder, best = root / f"step-{step:07}", root / f"best-{facts['best_step']:07}"
     if folder == before:
-        return
-    for other in root.glob("step-*"):  # what an interrupted save left
-        if other != before:
-            shutil.rmtree(other)
-    folder.mkdir(parents=True)
-    weights = dict(model.named_parameters())
-    moments = {
-        f"{name}.{key}": value
-        for name, p in weights.items()
-        for key, value in optimizer.state[p].items()
-    }
-    write_tensors(folder / "model.safetensors", weights)
-    write_tensors(folder / "optimizer.safetensors", moments)
-    write_json(folder / "state.json", {"step": step, **facts})
-    for path in [*folder.iterdir(), folder]:  # on the disk before anything points at it
-        fsync(path)
-    beside = root / "latest.tmp"
-    beside.write_text(folder.name)
-    os.replace(beside, root / "latest")
-    fsync(root)
-    if before:
-        shutil.rmtree(before, ignore_errors=True)
+        return 0.0
+    new_best = sharded and facts["best_step"] == step
+    if first:
+        for other in root.glob("step-*"):  # what an interrupted save left
+            if other != before:
+                shutil.rmtree(other)
+        folder.mkdir(parents=True)
+        shutil.rmtree(best, ignore_errors=not best.exists()) if new_best else None
+    if sharded:
+        dist.barrier()
+    save_tensors(folder, named_tensors(model, optimizer), sharded)
+    if new_best:
+        save_tensors(best, named_tensors(model), sharded)
+    if first:
+        write_json(folder / "state.json", {"step": step, **facts})
+        for place in [folder, best] if new_best else [folder]:
+            for path in [*place.iterdir(), place]:  # on the disk before anything points at it
+                fsync(path)
+        beside = root / "latest.tmp"
+        beside.write_text(folder.name)
+        os.replace(beside, root / "latest")
+        fsync(root)
+        for other in [before, *root.glob("best-*")]:
+            if other and other != best:
+                shutil.rmtree(other, ignore_errors=True)
+    if sharded:
+        dist.barrier()
+    return time.monotonic() - start
 
 
-def load_state(out: Path, model: nn.Module, optimizer) -> dict | None:
-    """Fills the model and the optimizer from the latest state, and returns what else was saved;
-    None where there is no state yet."""
-    folder = latest_state(out)
+def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict | None:
+    """Fills the model and the optimizer from the latest state, saved by any number of processes,
+    and returns what else was saved; None where there is no state yet."""
+    folder = agreed(lambda: latest_state(out))
     if folder is None:
         return None
-    weights = load_file(folder / "model.safetensors")
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(weights[name])
-    moments = load_file(folder / "optimizer.safetensors")
-    for key, value in moments.items():  # copied: what is read may be a map of the file
-        name, _, moment = key.rpartition(".")
-        p = parameters[name]
-        optimizer.state[p][moment] = value.to(p.device, copy=True)
-    return json.loads((folder / "state.json").read_text())
+    facts = json.loads((folder / "state.json").read_text())
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.tensor(float(facts["step"]), device=p.device),
+            "exp_avg": torch.zeros_like(p, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+        }
+    load_tensors(folder, named_tensors(model, optimizer), c.parallel == "fsdp")
+    return facts
 
 
 # --------------------------------------------------------------------------------------- data
@@ -530,9 +613,17 @@ def prepare(c: Config) -> Data:
 def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
     """The student before training: pretrained weights, or that size at random for `random`."""
     torch.manual_seed(c.seed)
+    streamed = False
     if c.weights == "random":  # the bundled vocabulary's size, rounded up for the hardware
         vocabulary_size = -(-tokenizer.vocab_size // 64) * 64
         model = evaluation.STUDENT(T5Config.preset(c.size, vocab_size=vocabulary_size))
+    elif c.parallel == "fsdp" and issubclass(evaluation.STUDENT, T5):
+
+        def prepare(model: nn.Module) -> Callable:
+            parallelize(model, c).to_empty(device=own_device(c))
+            return own_rows
+
+        model, streamed = load_model(Path(c.weights), prepare), True
     else:
         model = load_model(Path(c.weights))
     rows = model.config.vocab_size if hasattr(model, "config") else math.inf  # a fork may lack it
@@ -542,7 +633,7 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = c.dropout  # whatever config.json says: v1.1's is for pretraining
-    return model
+    return parallelize(model, c) if c.parallel == "fsdp" and not streamed else model
 
 
 def own_device(c: Config) -> torch.device:
@@ -550,11 +641,71 @@ def own_device(c: Config) -> torch.device:
     return torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
 
 
-def parallelize(model: nn.Module, parallel: str) -> nn.Module:
-    """DDP where asked for: the same model, whose backward averages gradients over the ranks."""
-    if parallel == "none":
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+def parallelize(model: nn.Module, c: Config) -> nn.Module:
+    """The same model, made ready for several processes; its backward averages gradients over them.
+
+    ddp: a copy on each. fsdp: each holds a part of every parameter, gradient and moment in float32
+    (FSDP2, https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html); a block's weights
+    are gathered when it runs, in bf16 where that is the precision, and gradients reduced in
+    float32. An embedding tied to the head is gathered with the whole model, or it would be gone
+    when the head needs it.
+    """
+    if c.recompute:
+        for block in model.blocks:
+            recompute(block)
+    if c.parallel == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if c.parallel == "fsdp":
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = dist.init_device_mesh(c.device, (dist.get_world_size(),))
+        gathered_in = torch.bfloat16 if c.precision == "bf16" else None
+        policy = MixedPrecisionPolicy(  # casting inputs would make the masks -inf
+            param_dtype=gathered_in, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        ends = [m for m in model.children() if isinstance(m, nn.Embedding | nn.Linear)]
+        for unit in [*(ends if len(ends) > 1 else []), *model.blocks, model]:
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def recompute(block: nn.Module) -> None:
+    """Keeps only the block's input, and runs it again in the backward pass."""
+    forward = block.forward
+
+    def again(*inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    block.forward = again
+
+
+def own_rows(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
+    """This rank's part of a sharded parameter, and which rows it is: FSDP2 cuts the first
+    dimension like torch.chunk."""
+    rank, world = rank_and_world()
+    part, rows = parameter.to_local(), parameter.shape[0]
+    first = min(rows, rank * -(-rows // world))
+    return part, first, first + part.shape[0]
+
+
+def fits(c: Config, device: torch.device) -> bool:
+    """Do weights, gradients and AdamW's moments, 16 bytes a parameter, leave a fifth of a device
+    (or of this process's share of the host) free?"""
+    try:
+        known = Path(c.weights, "config.json").is_file()
+        config = read_config(Path(c.weights)) if known else T5Config.preset(c.size)
+    except ValueError:
+        return True  # who loads it will say what is wrong
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in T5(config).parameters())
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 16 * parameters < 0.8 * room
 
 
 def missing_weights(c: Config) -> None:
@@ -634,23 +785,27 @@ def train_step(model, optimizer, c: Config, data: Data, step: int, device, stop:
     torch.manual_seed(step_seed(c.seed, step, rank))
     shares = torch.zeros(4, device=device)  # L_label, L_rationale, ranks told to stop (TERM, INT)
     shares[2], shares[3] = stop == signal.SIGTERM, stop == signal.SIGINT
-    counts_on_device = torch.tensor(counts, device=device)
+    counts_on_device, losses = torch.tensor(counts, device=device), []
     for i, part in enumerate(dealt):
         batch = to_tensors(collate(rows, mine[part]), device)
-        # DDP averages gradients over the ranks, and our losses are parts of one sum: times world.
-        last = i == len(dealt) - 1
-        with model.no_sync() if world > 1 and not last else contextlib.nullcontext():
-            shares[:2] += forward_backward(model, batch, counts_on_device, c, world)
+        # Gradients are averaged over the ranks, and our losses are parts of one sum: times world.
+        # DDP waits for the last to do it; FSDP does it each time, and keeps no whole gradients.
+        wait = c.parallel == "ddp" and i < len(dealt) - 1
+        with model.no_sync() if wait else contextlib.nullcontext():
+            losses.append(forward_backward(model, batch, counts_on_device, c, world))
+        shares[:2] += losses[-1]
     if world > 1:
         dist.all_reduce(shares)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    grad_norm = (norm.full_tensor() if c.parallel == "fsdp" else norm).item()
     label_loss, rationale_loss, terms, interrupts = shares.tolist()
     loss = label_loss + c.lam * rationale_loss
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        ids = [data.ids[i] for i in np.unique(rows.example[mine])]
+        bad = [mine[part] for part, some in zip(dealt, losses) if not some.isfinite().all()]
         raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm} is not finite; examples "
-            f"{', '.join(ids)}. Nothing was changed by this step; lower --lr or mend the examples"
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm} is not finite"
+            f"{blame(bad, mine, data)}. Nothing was changed by this step; lower --lr or mend the "
+            "examples"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -660,6 +815,22 @@ def train_step(model, optimizer, c: Config, data: Data, step: int, device, stop:
         "tokens": int(sources.sum() + targets.sum()), 
         "stop": signal.SIGTERM if terms else signal.SIGINT if interrupts else 0,
     }  # fmt: skip
+
+
+def blame(bad: list[np.ndarray], step_rows: np.ndarray, data: Data) -> str:
+    """Which ranks' micro-batches were not finite, and which examples are in them; the whole step
+    where only the gradient is not. The same on every rank."""
+    rank, world = rank_and_world()
+    found = [bad]
+    if world > 1:
+        found = [None] * world
+        dist.all_gather_object(found, bad)
+    found = {r: np.concatenate(rows) for r, rows in enumerate(found) if rows} or {None: step_rows}
+    words = ""
+    for r, rows in found.items():
+        ids = ", ".join(data.ids[i] for i in np.unique(data.rows.example[rows]))
+        words += f"; examples {ids}" if r is None else f"; rank {r}, examples {ids}"
+    return words
 
 
 def peak_memory(device: torch.device) -> int:
@@ -692,7 +863,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
     device = own_device(c)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
-    state = load_state(out, model, optimizer)
+    state, sharded = load_state(c, out, model, optimizer), c.parallel == "fsdp"
     done, best, best_step, metrics_bytes = 0, -1.0, 0, 0
     if state:
         done, best, best_step = state["step"], state["best"], state["best_step"]
@@ -709,18 +880,20 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
         f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
         f"most {c.micro_batch} rows; valid every {c.eval_every}, state every {c.save_every}"
         + (f"; continuing after step {done}" if done else "")
+        + f"\nsize: a state {12 * parameters / 1e9:.1f} GB, best and last "
+        f"{4 * parameters / 1e9:.1f} GB each" + (", sharded until the end" if sharded else "")
     )
     student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
     about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset}
 
     def export(folder: str, step: int) -> None:
-        facts, card = {**about, "step": step}, model_card(c, step, best)
-        save_student(model, out / folder, data.vocabulary, facts, card)
+        save_student(c, model, out / folder, data.vocabulary, {**about, "step": step, "best": best})
 
-    if rank == 0 and done and best_step and student_step(out / "best") != best_step:
+    if best_step and agreed(lambda: best_is_missing(out, best_step)):
         assert best_step == done, "best/ is written right after the state of its step"
-        export("best", best_step)
-    wrapped = parallelize(model, c.parallel)
+        if rank == 0 or sharded:
+            export("best", best_step)
+    wrapped = model if sharded else parallelize(model, c)
     if world > 1:  # DDP orders its buckets anew after the first backward: do it before step 1
         batch = to_tensors(collate(data.rows, np.array([0])), device)
         forward_backward(wrapped, batch, torch.ones(2, device=device), c, world)
@@ -758,14 +931,17 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
                 left = (shown - began) / (step - done) * (c.steps - step)
                 print0(log_line(c, metrics, left))
 
-            if rank == 0 and (step % c.save_every == 0 or improved or last_step or stop):
-                fsync(out / "metrics.jsonl")
-                facts = {
-                    "best": best, "best_step": best_step, "world": world,
-                    "threads": torch.get_num_threads(), "metrics_bytes": metrics_file.tell(),
-                }  # fmt: skip
-                save_state(out, step, model, optimizer, facts)
-                if improved:
+            save = step % c.save_every == 0 or improved or last_step or stop
+            if save and (rank == 0 or sharded):
+                facts = {"best": best, "best_step": best_step, "world": world,
+                         "threads": torch.get_num_threads()}  # fmt: skip
+                if metrics_file:
+                    fsync(out / "metrics.jsonl")
+                    facts["metrics_bytes"] = metrics_file.tell()
+                seconds = save_state(c, out, step, model, optimizer, facts)
+                if sharded or seconds > 10:
+                    print0(f"state of step {step} saved in {seconds:.1f} s")
+                if improved and not sharded:
                     export("best", step)
             if stop and not last_step:
                 if world > 1:
@@ -773,12 +949,18 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
                 print0(f"stopped by signal {stop} after step {step}, which is saved; go on with\n"
                        f"  {command(c, str(out), resume=True)}")
                 return stop
-    if rank == 0:
+    if metrics_file:
         metrics_file.close()
+    if rank == 0 or sharded:
         export("last", c.steps)
     if world > 1:
         dist.barrier()
     return 0
+
+
+def best_is_missing(out: Path, step: int) -> bool:
+    """Is the best step neither a student yet nor kept as a sharded state?"""
+    return student_step(out / "best") != step and not (out / "state" / f"best-{step:07}").exists()
 
 
 def student_step(folder: Path) -> int | None:
@@ -789,11 +971,26 @@ def student_step(folder: Path) -> int | None:
         return None
 
 
-def finish(c: Config, out: Path, data: Data) -> dict:
+def finish(c: Config, out: Path, data: Data, model: nn.Module) -> dict:
     """Scores the best student on test, once, and writes `predictions.jsonl` and `result.json`."""
-    device = own_device(c)
-    student = evaluation.load_student(out / "best", device, c.precision)
+    device, sharded = own_device(c), c.parallel == "fsdp"
     state = json.loads((latest_state(out) / "state.json").read_text())
+    step, kept = state["best_step"], out / "state" / f"best-{state['best_step']:07}"
+    about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset}
+    if agreed(lambda: student_step(out / "best") != step):
+        load_tensors(kept, named_tensors(model), sharded)
+        if sharded or rank_and_world()[0] == 0:
+            about = {**about, "step": step, "best": state["best"]}
+            save_student(c, model, out / "best", data.vocabulary, about)
+    agreed(lambda: shutil.rmtree(kept, ignore_errors=True))  # all ranks have read it
+    if sharded and isinstance(model, T5):  # one copy of a large model, in parts
+        with contextlib.ExitStack() as files:
+            load_weights(model, open_checkpoint(out / "best", files), out / "best", own_rows)
+        student = Student(
+            model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision
+        )
+    else:
+        student = evaluation.load_student(out / "best", device, c.precision)
     examples = data.valid if data.test is None else data.test
     kind, gold = gold_labels(examples)
     result = {
@@ -864,7 +1061,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", help="fp32 or bf16; default bf16 on CUDA, fp32 on CPU")
     add("--save-every", type=int, help="steps; default: as often as it evaluates")
     add("--micro-batch", type=int, help="rows in one forward on one device")
-    add("--parallel", help="none or ddp; default ddp under torchrun")
+    add("--parallel", help="none, ddp or fsdp; default under torchrun: ddp, or fsdp if the model "
+        "does not fit a device")  # fmt: skip
+    add("--recompute", action=argparse.BooleanOptionalAction, help="activations in the backward "
+        "pass, to save memory; default for xl and xxl")  # fmt: skip
+    add("--timeout", type=float, help="seconds that processes wait for each other; default 1800")
     add("--out", help="run folder; default runs/ and a name made of the settings")
     add("--resume", action="store_true", help="continue the run folder, or start it")
     return parser.parse_args(argv)
@@ -873,6 +1074,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def run(given: dict) -> int:
     """Trains as told by the flags given, or shows what is there; returns the exit status."""
     out, resume = given.pop("out", None), given.pop("resume", False)
+    given.pop("timeout", None)
     if resume and out and (Path(out) / "run.json").exists():  # flags not given stay as they were
         try:
             before = json.loads((Path(out) / "run.json").read_text())["config"]
@@ -904,7 +1106,7 @@ def run(given: dict) -> int:
             print0(f"run folder: {out}")
             if stop := train(c, out, data, model):
                 return 128 + stop
-            result = finish(c, out, data)
+            result = finish(c, out, data, model)
         show_result(c, out, result)
     return 0
 
@@ -914,7 +1116,7 @@ def main(argv: list[str] | None = None) -> int:
     130 for one that a signal stopped."""
     given = vars(parse_args(argv))
     try:
-        with processes(choose_device(given.get("device"))):
+        with processes(choose_device(given.get("device")), given.get("timeout", 1800)):
             return run(given)
     except (UserError, TrainingError) as error:  # the same on every rank: one line a machine
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:

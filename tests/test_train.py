@@ -341,7 +341,7 @@ def test_two_processes_on_one_folder_exclude_each_other(small_task, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(small_task, tmp_path):
     out = tmp_path / "run"
     done = run("train.py", "--dataset", small_task, *QUICK, "--lr", "1e30", "--out", out, check=1)
-    assert "is not finite; examples c" in done.stderr and "Traceback" not in done.stderr
+    assert "is not finite; rank 0, examples c" in done.stderr and "Traceback" not in done.stderr
     rows = read_jsonl(out / "metrics.jsonl")
     assert f"step {len(rows) + 1}:" in done.stderr
     assert all(np.isfinite(row["loss"]) for row in rows)
