@@ -441,7 +441,8 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        with warnings.catch_warnings(action="ignore"):  # one process is meant to be alone
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is meant to be alone
             dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
     except CheckpointException as error:  # the same on all ranks
         rank, (reason, _) = next(iter(error.failures.items()))
@@ -453,7 +454,8 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         reader = HuggingFaceStorageReader(str(folder))
         dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
 
@@ -499,6 +501,16 @@ def save_state(
     return time.monotonic() - start
 
 
+def empty_moments(model: nn.Module, optimizer, step: int) -> None:
+    """AdamW's state after `step` steps, its moments still to be filled."""
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.tensor(float(step), device=p.device),
+            "exp_avg": torch.zeros_like(p, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+        }
+
+
 def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict | None:
     """Fills the model and the optimizer from the latest state, saved by any number of processes,
     and returns what else was saved; None where there is no state yet."""
@@ -506,12 +518,7 @@ def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict | None
     if folder is None:
         return None
     facts = json.loads((folder / "state.json").read_text())
-    for p in model.parameters():
-        optimizer.state[p] = {
-            "step": torch.tensor(float(facts["step"]), device=p.device),
-            "exp_avg": torch.zeros_like(p, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
-        }
+    empty_moments(model, optimizer, facts["step"])
     load_tensors(folder, named_tensors(model, optimizer), c.parallel == "fsdp")
     return facts
 
@@ -880,8 +887,8 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
         f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
         f"most {c.micro_batch} rows; valid every {c.eval_every}, state every {c.save_every}"
         + (f"; continuing after step {done}" if done else "")
-        + f"\nsize: a state {12 * parameters / 1e9:.1f} GB, best and last "
-        f"{4 * parameters / 1e9:.1f} GB each" + (", sharded until the end" if sharded else "")
+        + f"\ndisk: a state {12 * parameters / 1e6:,.0f} MB, best and last "
+        f"{4 * parameters / 1e6:,.0f} MB each" + (", exported at the end" if sharded else "")
     )
     student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
     about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset}
@@ -1066,6 +1073,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--recompute", action=argparse.BooleanOptionalAction, help="activations in the backward "
         "pass, to save memory; default for xl and xxl")  # fmt: skip
     add("--timeout", type=float, help="seconds that processes wait for each other; default 1800")
+    add("--plan", action="store_true", help="print memory, steps and time; train nothing")
+    add("--gpus", type=int, help="with --plan; default 1")
+    add("--json", action="store_true", help="with --plan")
     add("--out", help="run folder; default runs/ and a name made of the settings")
     add("--resume", action="store_true", help="continue the run folder, or start it")
     return parser.parse_args(argv)
@@ -1116,6 +1126,10 @@ def main(argv: list[str] | None = None) -> int:
     130 for one that a signal stopped."""
     given = vars(parse_args(argv))
     try:
+        if given.pop("plan", False):
+            from scripts import plan
+
+            return plan.run(given, given.pop("gpus", 1), given.pop("json", False))
         with processes(choose_device(given.get("device")), given.get("timeout", 1800)):
             return run(given)
     except (UserError, TrainingError) as error:  # the same on every rank: one line a machine
