@@ -169,7 +169,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
     yield
     for unit in units:
         unit.set_reshard_after_forward(unit is not model, recurse=False)
-        unit.reshard()
+    if units:  # and forget the blocks' runs: gradients' order would follow them, on some ranks only
+        model.reset_iter_state()
 
 
 def generate_texts(

@@ -42,6 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -149,7 +150,7 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
 
 def _parse_prompt(name: str, path: Path, form: str) -> tuple[str, list[tuple[str, str]]]:
     """(instruction, demonstrations) of a file whose blocks are parted by blank lines."""
-    text, instruction, demonstrations = path.read_text("utf-8"), "", []
+    text, instruction, demonstrations = path.read_text("utf-8-sig"), "", []
 
     def fail(number: int, reason: str) -> None:
         raise UserError(f"{path}:{number}: {reason}; a demonstration is 'Q: ' and an input, then "
@@ -231,11 +232,15 @@ def _ends_line(file, position: int) -> bool:
     return file.read(1) == b"\n"
 
 
+FIELDS = {"id": str, "sample": int, "prompt_sha256": str, "input_sha256": str, "model": str,
+          "settings": dict, "completion": str | None, "usage": dict | None, "attempts": int,
+          "seconds": int | float, "time": str}  # fmt: skip
+
+
 def _record(line: bytes) -> dict | None:
     try:
         record = json.loads(line)
-        fine = isinstance(record["id"], str) and isinstance(record["sample"], int)
-        return record if fine and record["settings"] and "completion" in record else None
+        return record if all(isinstance(record[k], kind) for k, kind in FIELDS.items()) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -373,9 +378,9 @@ class Retry(Exception):
 class Refusal(Exception):
     """A 4xx that says no to this request as it is."""
 
-    def __init__(self, status: int, words: str, raw: str):
+    def __init__(self, status: int, words: str, told: str):
         super().__init__(words)
-        self.status, self.raw = status, raw
+        self.status, self.told = status, told
 
 
 @dataclass(frozen=True)
@@ -408,10 +413,11 @@ def base_urls(url: str) -> list[str]:
 
 
 UNKNOWN_MODEL = re.compile(
-    r"model_not_found|model\b.{0,80}(does not exist|not exist|not found|not a valid)"
-    r"|(unknown|invalid|no such) model", re.IGNORECASE | re.DOTALL)  # fmt: skip
-NO_QUOTA = re.compile(r"insufficient_quota|exceeded your current quota|billing|"
-                      r"(credit|insufficient) balance", re.IGNORECASE)  # fmt: skip
+    r"model_not_found|model\b.{0,80}(does not exist|not exist|not found)"
+    r"|(unknown|invalid|no such|not a valid) model", re.IGNORECASE | re.DOTALL)  # fmt: skip
+# Not the word billing, which ordinary rate limits name too.
+NO_QUOTA = re.compile(r"insufficient_quota|billing_hard_limit|(credit|insufficient) balance",
+                      re.IGNORECASE)  # fmt: skip
 NO_CHAT = re.compile(r"chat.template|not a chat model|v1/completions", re.IGNORECASE)
 
 
@@ -473,9 +479,8 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             self.unreachable(dialect, error)
         text = raw.decode("utf-8", "replace")
-        text = text.replace(self.key, "[key]") if len(self.key) > 7 or status != 200 else text
         try:
-            value = json.loads(text)
+            value = self.clean(json.loads(text))
         except (ValueError, RecursionError):
             value = None
         error = value.get("error") if isinstance(value, dict) else None
@@ -486,20 +491,30 @@ class Client:
             if not isinstance(value, dict):
                 raise Retry("an answer that is not a JSON object")
             return value
-        words = error.get("message") if isinstance(error, dict) else error
-        words = words if isinstance(words, str) else re.sub(r"<[^>]*>|\s+", " ", text)
-        words = (words.replace(self.key, "[key]") if self.key else words).strip()
+        told = complaint(value)
+        words = told or self.clean(re.sub(r"<[^>]*>|\s+", " ", text)).strip()
         words = f"HTTP {status}: {words[:300] or 'no words'}"
         if 300 <= status < 400:
-            raise Stop(f"{words}; {dialect.url} redirects to {response.headers.get('Location')}: "
-                       "give that as --base-url")
-        if status in (401, 402, 403) or (status in (400, 404) and UNKNOWN_MODEL.search(text)) or (
-            status == 429 and NO_QUOTA.search(text)
+            place = self.clean(response.headers.get("Location") or "nowhere")
+            raise Stop(f"{words}; {dialect.url} redirects to {place}: give that as --base-url")
+        if status in (401, 402, 403) or (status in (400, 404) and UNKNOWN_MODEL.search(told)) or (
+            status == 429 and NO_QUOTA.search(told)
         ):
             raise Stop(words)
         if status in (408, 409, 425, 429) or (status >= 500 and status != 501):
             raise Retry(words, retry_after(after), shared=status == 429)
-        raise Refusal(status, words, text)
+        raise Refusal(status, words, told)
+
+    def clean(self, value: Any) -> Any:
+        """What a server sent, without the key, should it echo it, and without half characters."""
+        if isinstance(value, str):
+            value = value.encode("utf-8", "replace").decode()
+            return value.replace(self.key, "[key]") if len(self.key) > 7 else value
+        if isinstance(value, list):
+            return [self.clean(part) for part in value]
+        if isinstance(value, dict):
+            return {self.clean(key): self.clean(part) for key, part in value.items()}
+        return value
 
     def unreachable(self, dialect: Dialect, error: Exception) -> None:
         """A broken connection may come back; one that never was is a mistake."""
@@ -514,18 +529,18 @@ class Client:
 
     def adapt(self, dialect: Dialect, refusal: Refusal) -> bool:
         """Speaks otherwise after a refusal that asks for it; False if it does not."""
-        raw, known = refusal.raw, {"stop", "temperature", "seed"} - dialect.without
-        named = {key for key in known if re.search(rf"""["'`]{key}["'`]""", raw)}
+        told, known = refusal.told, {"stop", "temperature", "seed"} - dialect.without
+        named = {key for key in known if re.search(rf"""["'`]{key}["'`]""", told)}
         with self.guard:
             if self.dialect != dialect:
                 return True  # another worker was told the same
-            if refusal.status in (404, 405, 501) or NO_CHAT.search(raw):
+            if refusal.status in (404, 405, 501) or NO_CHAT.search(told):
                 place = self.routes.index((dialect.url, dialect.api)) + 1
                 if self.answered or place == len(self.routes):
                     raise Stop(f"{refusal} ({dialect.url}, {dialect.api} API)")
                 url, api = self.routes[place]
                 new, what = replace(dialect, url=url, api=api), f"the {api} API at {url}"
-            elif "max_completion_tokens" in raw and dialect.limit == "max_tokens":
+            elif "max_completion_tokens" in told and dialect.limit == "max_tokens":
                 new = replace(dialect, limit="max_completion_tokens")
                 what = "max_completion_tokens instead of max_tokens"
             elif named:
@@ -558,6 +573,7 @@ class Client:
                 if self.adapt(dialect, refusal):
                     continue
                 answer = {"completion": None, "error": str(refusal)}
+                self.say_once(f"{refusal}; {example.id!r} is left out")
                 break
             except Retry as retry:
                 # A rate limit that lets others through is not this request's fault.
@@ -566,10 +582,7 @@ class Client:
                 if tries > self.args.max_retries:
                     answer = {"completion": None, "error": f"after {attempts} attempts: {retry}"}
                     break
-                kind = re.sub(r"\d+", "N", str(retry))[:60]
-                if kind not in self.said:
-                    self.said.add(kind)
-                    say(f"{retry}; trying again")
+                self.say_once(f"{retry}; trying again")
                 delay = min(LONGEST, BACKOFF * 2 ** max(0, tries - 1)) * random.uniform(0.5, 1)
                 delay = max(delay, retry.after)
                 if retry.shared:
@@ -577,13 +590,22 @@ class Client:
                 else:
                     self.stopping.wait(delay)
         settings = {"api": dialect.api, "temperature": self.args.temperature,
-                    "seed": self.args.seed, "max_tokens": self.args.max_tokens}
+                    "seed": self.args.seed, "max_tokens": self.args.max_tokens}  # fmt: skip
+        settings |= {"refused": sorted(dialect.without)} if dialect.without else {}
         return {
             "id": example.id, "sample": sample, "prompt_sha256": self.prompt.sha256,
             "input_sha256": input_sha256(example), "model": self.args.model, "settings": settings,
-            **answer, "attempts": attempts, "seconds": round(time.monotonic() - start, 3),
+            "usage": None, **answer, "attempts": attempts,
+            "seconds": round(time.monotonic() - start, 3),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
+
+    def say_once(self, words: str) -> None:
+        """The first time that something of this kind is said."""
+        kind = re.sub(r"\d+", "N", words)[:60]
+        if kind not in self.said:
+            self.said.add(kind)
+            say(words)
 
     # -- all jobs
 
@@ -650,14 +672,30 @@ class Client:
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which may be a date; 0 for none."""
+    """Seconds of a Retry-After header, which may be a date; 0 for none, at most a day."""
     try:
-        return max(0.0, float(value or 0))
+        seconds = float(value or 0)
     except ValueError:
         try:
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError):
-            return 0.0
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            seconds = 0.0
+    return min(86_400.0, seconds) if seconds > 0 else 0.0  # and 0 for NaN
+
+
+def complaint(value: Any) -> str:
+    """What an error body says, without the request that some servers send back in it: message,
+    quoted parameter, code and type; FastAPI's `detail` likewise."""
+    error = value.get("error", value) if isinstance(value, dict) else {}
+    if not isinstance(error, dict):
+        return str(error)
+    details = error.get("detail")
+    if isinstance(details, list):
+        details = [d for d in details if isinstance(d, dict)]
+        return "; ".join(f"{d.get('msg')}: {d.get('loc')}" for d in details)
+    said = [error.get("message") or details, *(error.get(k) for k in ("code", "type"))]
+    quoted = [f"{error['param']!r}"] if isinstance(error.get("param"), str) else []
+    return " ".join([part for part in said if isinstance(part, str)] + quoted)
 
 
 def read_reply(reply: dict, body: dict) -> dict:
@@ -690,9 +728,9 @@ def read_reply(reply: dict, body: dict) -> dict:
 
 
 def flat(content: object) -> str:
-    """The text of a message's content, which may be a list of parts; clean UTF-8."""
+    """The text of a message's content, which may be a list of parts."""
     if isinstance(content, str):
-        return content.encode("utf-8", "replace").decode()
+        return content
     if isinstance(content, list):
         return "".join(map(flat, content))
     return flat(content.get("text")) if isinstance(content, dict) else ""
@@ -774,7 +812,7 @@ def read_answers(
     """(answers by id and sample, facts) of a log; a later line for the same example and sample
     replaces an earlier one. facts: how they were asked for, and what all the lines cost."""
     inputs = {example.id: input_sha256(example) for example in examples}
-    answers, cost, asked = {}, Counter(), {}
+    answers, cost, asked, times = {}, Counter(), {}, (None, None)
     for number, record in read_log(path):
         id = record["id"]
         if record["input_sha256"] != inputs.get(id):
@@ -782,14 +820,17 @@ def read_answers(
                 f"{path}:{number}: {id!r} stands for another input than in this split of {name}; "
                 "if the data changed, give another --out"
             )
-        answers.setdefault(id, {})[record["sample"]] = read_answer(name, record)
+        answer, some = read_answer(name, record), answers.setdefault(id, {})
+        if answer.state != "failed" or record["sample"] not in some:  # else the old one stands
+            some[record["sample"]] = answer
         for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
             cost[key] += (record.get("usage") or {}).get(key) or 0
         cost["retries"] += record["attempts"] - 1
         cost["request_seconds"] += record["seconds"]
+        times = (times[0] if asked else record["time"], record["time"])
         asked = asked if asked and record.get("error") else record
     asked = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
-    return answers, {**asked, "cost": dict(cost)}
+    return answers, {**asked, "first": times[0], "last": times[1], "cost": dict(cost)}
 
 
 def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> str:
@@ -888,9 +929,11 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
     ]  # fmt: skip
     left, failed = asked.count(None), sum(a is not None and a.state == "failed" for a in asked)
     if left or failed:
-        again = words if not failed or "--retry" in words else [*words, "--retry", "failed"]
+        retry = (args.retry if why else set()) | ({"failed"} if failed else set())
+        again = re.sub(r" --retry[ =]\S+", "", " " + shlex.join(words)).strip()
+        again += f" --retry {','.join(sorted(retry))}" if retry else ""
         print(f"{left:,} not asked for, {failed:,} failed{': ' * bool(why)}{why}; to go on:\n  "
-              + shlex.join(["python", "teacher.py", *again]), file=sys.stderr)  # fmt: skip
+              f"python teacher.py {again}", file=sys.stderr)  # fmt: skip
     return 3 if left or failed else 0
 
 

@@ -1,9 +1,12 @@
 """What several test files share: running the commands as a user does, and small data."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,10 +31,57 @@ def run(*words, processes: int = 1, check: int | None = 0, stdin: str | None = N
     """Runs a command to its end; fails with its output unless it exits with `check`."""
     done = subprocess.run(
         command(*words, processes=processes), cwd=cwd, env=environment(),
-        input=stdin, capture_output=True, text=True, timeout=300,
+        input=stdin, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert check is None or done.returncode == check, f"{words}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def start(*words, processes=1):
+    """The command in the background, in a process group of its own."""
+    return subprocess.Popen(
+        command(*words, processes=processes), cwd=ROOT, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def kill(process):
+    """SIGKILL to the process and all that it started (torchrun's workers leave the session)."""
+    pids = [process.pid]
+    for pid in pids:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        pids += map(int, children.split())
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def wait_for_step(out, step, process):
+    metrics = out / "metrics.jsonl"
+    for _ in range(3000):
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    raise AssertionError("no such step within 30 s")
+
+
+def saved_state(out):
+    """What else the last state holds, or None."""
+    pointer = out / "state" / "latest"
+    if not pointer.exists():
+        return None
+    return json.loads((pointer.with_name(pointer.read_text()) / "state.json").read_text())
+
+
+def killed_after(step, out, *words, processes=1):
+    """Starts the run, kills it once the step is logged, and gives its last state."""
+    process = start(*words, processes=processes)
+    wait_for_step(out, step, process)
+    kill(process)
+    return saved_state(out)
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -1,71 +1,35 @@
 """Training as a user meets it: run folders, exact resume, signals, several processes, forks."""
 
-import contextlib
 import json
-import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, environment, read_jsonl, run, same_steps
+from conftest import (
+    ROOT,
+    command,
+    environment,
+    kill,
+    killed_after,
+    read_jsonl,
+    run,
+    same_steps,
+    saved_state,
+    start,
+    wait_for_step,
+)
 
 import train
 from data import load_dataset
 from t5 import T5
 
 QUICK = "--steps 12 --batch-size 6 --micro-batch 4 --eval-every 4 --save-every 3".split()
-
-
-def start(*words, processes=1):
-    """The command in the background, in a process group of its own."""
-    return subprocess.Popen(
-        command(*words, processes=processes), cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def kill(process):
-    """SIGKILL to the process and all that it started (torchrun's workers leave the session)."""
-    pids = [process.pid]
-    for pid in pids:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        pids += map(int, children.split())
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-
-
-def wait_for_step(out, step, process):
-    metrics = out / "metrics.jsonl"
-    for _ in range(3000):
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    raise AssertionError("no such step within 30 s")
-
-
-def saved_state(out):
-    """What else the last state holds, or None."""
-    folder = train.latest_state(out)
-    return folder and json.loads((folder / "state.json").read_text())
-
-
-def killed_after(step, out, *words):
-    """Starts the run, kills it once the step is logged, and gives its last state."""
-    process = start(*words)
-    wait_for_step(out, step, process)
-    kill(process)
-    return saved_state(out)
 
 
 def weights(out, which="last"):
