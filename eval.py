@@ -13,6 +13,8 @@ import gc
 import json
 import os
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -87,13 +89,36 @@ def processes(device: torch.device, timeout: float = 1800) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    backend, limit = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+    store.set_timeout(limit)
+    store = fresh_store(store, rank, world, time.monotonic() + timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
         yield
     finally:
         gc.collect()  # a DDP model still held by a cycle would take the group's threads with it,
         dist.destroy_process_group()  # and abort the interpreter as it shuts down
+
+
+def fresh_store(store: dist.Store, rank: int, world: int, deadline: float) -> dist.Store:
+    """torchrun's store outlives its workers, and so do the addresses of those that a restart
+    (--max-restarts) replaced: rank 0 names a part of it that is new, to each that asks now."""
+    if rank > 0:
+        me = uuid.uuid4().hex
+        store.set(f"hello/{rank}", me)
+        name = store.get(f"answer/{me}").decode()
+        store.set(f"{name}/{rank}", "heard")
+        return dist.PrefixStore(name, store)
+    name, silent = uuid.uuid4().hex, set(range(1, world))
+    while silent := {other for other in silent if not store.check([f"{name}/{other}"])}:
+        for other in silent:
+            if store.check([f"hello/{other}"]):  # from this attempt, or an earlier one
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise UserError(f"ranks {sorted(silent)} did not come within --timeout")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 # ---------------------------------------------------------------------------- a student folder

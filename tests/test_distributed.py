@@ -150,8 +150,8 @@ def test_two_agents_of_two_processes(alone, small_task, tied, tmp_path):
     for node in (0, 1):
         line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}",
                 "--nproc-per-node=2", "--master-addr=localhost", f"--master-port={port}",
-                "train.py", "--dataset", small_task, "--out", tmp_path / "r", *SAME, "--dropout", "0",
-                "--weights", tied, "--parallel", "fsdp", "--resume"]  # fmt: skip
+                "train.py", "--dataset", small_task, "--out", tmp_path / "r", *SAME,
+                "--dropout", "0", "--weights", tied, "--parallel", "fsdp", "--resume"]  # fmt: skip
         agents.append(subprocess.Popen(list(map(str, line)), cwd=ROOT, env=environment()))
     assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
     close(alone / "tied", tmp_path / "r")

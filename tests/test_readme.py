@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 from conftest import ROOT, read_jsonl, run
+from server import Server
 
 import eval as evaluation
 import teacher
@@ -40,6 +41,27 @@ def test_commands_parse(command):
         teacher.check(teacher.parse_args(words[script + 1 :]))
     else:
         evaluation.parse_args(words[script + 1 :])
+
+
+def test_three_commands_from_unlabelled_inputs_to_a_student(tmp_path):
+    """As printed, but for the server's address; from a folder of inputs and a prompt."""
+    block = README.split("and three commands:")[1].split("```")[1].splitlines()
+    commands = [line for line in block if ".py" in line]
+    assert len(commands) == 3
+    (tmp_path / "mine").mkdir()
+    rows = ({"id": f"m{i}", "input": f"What is the colour of the sky, number {i}?"}
+            for i in range(30))  # fmt: skip
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "mine" / "train.jsonl").write_text(lines)
+    prompt = "Q: What is the colour of grass?\nA: Grass is a plant. So the answer is green.\n"
+    (tmp_path / "mine" / "prompt.txt").write_text(prompt)
+    with Server() as server:
+        for line in commands:
+            words = shlex.split(line.replace("NAME", "m").replace("URL", server.url))[1:]
+            quick = [*QUICK, "--out", "run"] if words[0] == "train.py" else []
+            run(ROOT / words[0], *words[1:], *quick, cwd=tmp_path)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["labels"] == "teacher" and result["n_test"] == 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])
