@@ -87,7 +87,10 @@ def evaluate_arithmetic(text: str) -> Fraction | None:
 # ---- The datasets --------------------------------------------------------------------------------
 
 SPLITS = ("train", "valid", "test")
-ARCHIVE = "the released archive, https://github.com/google-research/distilling-step-by-step"
+ARCHIVE = (
+    "the released archive: `git clone https://github.com/google-research/distilling-step-by-step`, "
+    "unpack the datasets in it"
+)
 NLI = ("entailment", "neutral", "contradiction")  # in the order of the integer labels
 LETTERS = "abcdefghij"
 

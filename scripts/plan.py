@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from data import TokenRows, UserError, micro_batches, step_examples
+from data import Tokenizer, TokenRows, UserError, micro_batches, step_examples
 from eval import LABEL_TOKENS, MAX_SOURCE, MAX_TOKENS, gathered
 from t5 import T5, T5Config, read_config
 
@@ -226,12 +226,13 @@ def plan(given: dict, gpus: int) -> dict:
     c = train.resolve(train.Config(**{**given, "device": "cpu", "precision": precision}))
     c.parallel = given.get("parallel")
     weights = Path(c.weights)
-    if (weights / "config.json").is_file():
+    if c.weights == "random":
+        config = train.untrained_config(c.size, Tokenizer(train.DEMO_VOCABULARY))
+    elif (weights / "config.json").is_file():
         config = read_config(weights)
     else:
         config = T5Config.preset(c.size)
-        if c.weights != "random":
-            assumed.append(f"no {weights / 'config.json'}: the shape of T5 v1.1 {c.size}")
+        assumed.append(f"no {weights / 'config.json'}: the shape of T5 v1.1 {c.size}")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in T5(config).parameters())
     small = 16 * parameters < 0.8 * CARDS["fits_40gb"] * GIB
@@ -276,7 +277,9 @@ def remedy(c: train.Config, config: T5Config, gpus: int, room: float) -> str:
     while micro > 1:
         micro //= 2
         tries.append((f"--micro-batch {micro}", {"micro_batch": micro}, gpus))
-    tries.append(("--micro-batch 1 --recompute", {"micro_batch": 1, "recompute": True}, gpus))
+    if not c.recompute:
+        words = "--micro-batch 1 --recompute"
+        tries.append((words, {"micro_batch": 1, "recompute": True}, gpus))
     sharded = {"micro_batch": 1, "recompute": True, "parallel": "fsdp"}
     while gpus < 64:
         gpus *= 2

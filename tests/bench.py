@@ -114,6 +114,78 @@ def teacher_resume(quick: bool, folder: Path) -> dict:
             "seconds to the end": seconds}  # fmt: skip
 
 
+SHARDED = """
+import sys, threading, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch, torch.distributed as dist
+import torch.distributed.fsdp, train, eval as evaluation
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon")) / (1 << 20)
+peak, measuring = 0.0, True
+def watch():
+    global peak
+    while measuring:
+        peak = max(peak, anonymous())
+        time.sleep(0.005)
+with evaluation.processes(torch.device("cpu")):
+    rank, world = evaluation.rank_and_world()
+    c = train.Config(weights={folder!r}, dataset="demo", device="cpu", precision="fp32",
+                     parallel="fsdp" if world > 1 else "none")
+    tokenizer = type("Tokenizer", (), {{"vocab_size": 1}})
+    if world > 1:
+        dist.init_device_mesh("cpu", (world,))
+        dist.barrier()
+    base = anonymous()
+    threading.Thread(target=watch, daemon=True).start()
+    start = time.perf_counter()
+    model = train.build_model(c, tokenizer)
+    loaded, seconds, peak = peak - base, time.perf_counter() - start, 0.0
+    out = Path({folder!r} + "-out")
+    about = dict(method="standard", prefixes="paper", dataset="demo", step=1, best=0.5)
+    train.save_student(c, model, out, Path({folder!r}) / "config.json", about)
+    exported, measuring = peak - base, False
+    found = [None] * world
+    if world > 1:
+        dist.all_gather_object(found, (loaded, exported, seconds))
+    else:
+        found = [(loaded, exported, seconds)]
+    if rank == 0:
+        print("FOUND", *[max(x) for x in zip(*found)])
+"""
+
+
+def sharded_memory(quick: bool, folder: Path) -> dict:
+    """Peak anonymous GiB of any rank, beyond the interpreter and its libraries, while pretrained
+    weights are read and while a student is written: 1, 2 and 4 ranks, FSDP where several."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from t5 import T5, T5Config
+
+    depth = 2 if quick else 12
+    config = T5Config.preset("large", num_layers=depth, num_decoder_layers=depth)
+    with torch.device("meta"):
+        model = T5(config)
+    model.to_empty(device="cpu").save_pretrained(folder / "weights")
+    size = 4 * sum(p.numel() for p in model.parameters()) / (1 << 30)
+    del model
+    script = folder / "sharded.py"
+    script.write_text(SHARDED.format(root=str(ROOT), folder=str(folder / "weights")))
+    figures = {"weights, GiB": size}
+    for ranks in (1, 2, 4):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={ranks}", script]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+        assert found, done.stdout + done.stderr
+        loaded, exported, seconds = map(float, found[0].split()[1:])
+        figures |= {f"{ranks} ranks: loading, GiB": loaded, f"{ranks} ranks: exporting": exported,
+                    f"{ranks} ranks: seconds to load": seconds}  # fmt: skip
+    return figures
+
+
 def write(path: Path, rows) -> None:
     """A JSON object a line."""
     with path.open("w") as file:
@@ -124,7 +196,8 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-MEASURES = {"teacher-speed": teacher_speed, "teacher-resume": teacher_resume}
+MEASURES = {"teacher-speed": teacher_speed, "teacher-resume": teacher_resume,
+            "sharded-memory": sharded_memory}  # fmt: skip
 
 
 def main() -> None:
