@@ -19,6 +19,7 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OTHER = {"out", "resume", "plan", "gpus", "json", "timeout"}  # of train.py's flags
 QUICK = "--steps 6 --batch-size 6 --eval-every 3".split()
 
 
@@ -36,7 +37,7 @@ def test_commands_parse(command):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     if words[script] == "train.py":
         given = vars(train.parse_args(words[script + 1 :]))
-        assert given.keys() <= {f.name for f in train.fields(train.Config)} | {"out", "resume"}
+        assert given.keys() <= {f.name for f in train.fields(train.Config)} | OTHER
     elif words[script] == "teacher.py":
         teacher.check(teacher.parse_args(words[script + 1 :]))
     else:
