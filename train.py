@@ -1011,7 +1011,9 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module) -> dict:
         if sharded or rank_and_world()[0] == 0:
             about = {**about, "step": step, "best": state["best"]}
             save_student(c, model, out / "best", data.vocabulary, about)
-    agreed(lambda: shutil.rmtree(kept, ignore_errors=True))  # all ranks have read it
+    if rank_and_world()[1] > 1:
+        dist.barrier()  # all ranks have read it
+    agreed(lambda: shutil.rmtree(kept, ignore_errors=True))
     if sharded and isinstance(model, T5):  # one copy of a large model, in parts
         with contextlib.ExitStack() as files:
             load_weights(model, open_checkpoint(out / "best", files), out / "best", own_rows)
