@@ -71,14 +71,18 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name!r} is unknown; {allowed}") from None
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise UserError(f"--device {name!r} is not available; {allowed}")
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local if device.index is None else device.index)
-        torch.cuda.set_device(device)
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        device = torch.device("cuda", device.index if alone and device.index else local)
+        count = torch.cuda.device_count()
+        if count <= device.index and not alone:
+            raise UserError(f"rank {os.environ['RANK']} wants GPU {local} of {count}; allowed: "
+                            f"--nproc_per_node={count} at most")  # fmt: skip
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(
+        1, torch.cuda.device_count() if device.type == "cuda" else 1
+    ):
+        raise UserError(f"--device {name!r} is not available; {allowed}")
     return device
 
 
@@ -86,6 +90,8 @@ def choose_device(name: str | None) -> torch.device:
 def processes(device: torch.device, timeout: float = 1800) -> Iterator[None]:
     """The process group of torchrun's environment, if there is one: NCCL on GPUs, gloo on CPUs.
     A rank that waits for another for longer than `timeout` seconds gives up."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
@@ -96,9 +102,13 @@ def processes(device: torch.device, timeout: float = 1800) -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
         yield
-    finally:
-        gc.collect()  # a DDP model still held by a cycle would take the group's threads with it,
-        dist.destroy_process_group()  # and abort the interpreter as it shuts down
+    except RuntimeError:  # out of memory, a lost rank: taking the group down may wait for others
+        raise
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    gc.collect()  # a DDP model still held by a cycle would take the group's threads with it,
+    dist.destroy_process_group()  # and abort the interpreter as it shuts down
 
 
 def fresh_store(store: dist.Store, rank: int, world: int, deadline: float) -> dist.Store:
@@ -382,11 +392,13 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         return
     dataset = args.dataset or student.dataset
     get_task(dataset)
+    out = Path(args.out) if args.out else Path(args.student) / "predictions.jsonl"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is no folder; make it, or give another")
     rationales = rationale_source(args.rationales, dataset, student.method == "rationale-input")
     examples = load_dataset(dataset, args.split, args.data_root, rationales)
     student.dataset = dataset
     summary, rows = evaluate(student, examples, args.explain, progress=args.split)
-    out = Path(args.out) if args.out else Path(args.student) / "predictions.jsonl"
     if rank_and_world()[0] == 0:
         write_jsonl(out, rows)
     about = {"student": args.student, "dataset": dataset, "split": args.split}

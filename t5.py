@@ -720,7 +720,8 @@ def show(names: list[str], most: int = 12) -> str:
 def convert(folder: str | os.PathLike) -> None:
     """Turns a folder's .bin files into safetensors shards beside them, one file in memory at a
     time, once and in one process; from then on those are read."""
-    folder, shards, weight_map = Path(folder), sorted(Path(folder).glob("*.bin")), {}
+    folder, weight_map = Path(folder), {}
+    shards = sorted(folder.glob("pytorch_model*.bin"))
     for i, path in enumerate(shards, 1):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"

@@ -478,6 +478,8 @@ class Client:
                         raise TimeoutError("the answer was too slow or too long")
         except (OSError, http.client.HTTPException) as error:
             self.unreachable(dialect, error)
+        except (ValueError, OverflowError) as error:
+            raise Stop(f"{dialect.url} is no address: {error}") from None
         text = raw.decode("utf-8", "replace")
         try:
             value = self.clean(json.loads(text))
@@ -946,6 +948,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while nothing is asked
+        return 130
 
 
 if __name__ == "__main__":

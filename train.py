@@ -32,6 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ class Config:
     eval_every: int | None = None
     device: str | None = None
     precision: str | None = None
-    # These may change when a run is resumed: they do not change what it computes.
+    # These may change when a run is resumed: they do not change what it computes, but for which
+    # numbers of dropout's random stream fall to which row, where micro-batches change.
     save_every: int | None = None
     micro_batch: int | None = None
     parallel: str | None = None
@@ -227,11 +229,17 @@ def run_name(c: Config) -> str:
 
 def command(c: Config, out: str, resume: bool = False) -> str:
     """The command line that starts this run again."""
-    words = ["python", "train.py"]
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    words = ["python"] if local == "1" else ["torchrun", f"--nproc_per_node={local}"]
+    words.append("train.py")
     default = Config()
     for field in fields(c):
         value = getattr(c, field.name)
-        if value != getattr(default, field.name) and field.name not in MAY_CHANGE:
+        if field.name == "recompute" and value != RECIPES[c.size]["recompute"]:
+            words.append("--recompute" if value else "--no-recompute")
+        elif field.name == "micro_batch" and value != RECIPES[c.size]["micro_batch"]:
+            words += ["--micro-batch", str(value)]
+        elif value != getattr(default, field.name) and field.name not in MAY_CHANGE:
             words += ["--" + field.name.replace("_", "-")]
             words += map(str, value if isinstance(value, list) else [value])
     return shlex.join([*words, "--out", out, *(["--resume"] if resume else [])])
@@ -288,6 +296,8 @@ def weights_hashes(folder: Path) -> dict[str, str]:
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 hashes[path.name] = hashlib.sha256(file.read(min(size, 1 << 27))).hexdigest()
+        elif path.suffix == ".bin":
+            hashes[path.name] = f"{path.stat().st_size} bytes"
         elif path.name in ("config.json", "spiece.model") or path.name.endswith(".index.json"):
             hashes[path.name] = sha256(path)
     return hashes
@@ -322,7 +332,8 @@ def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
     """
     path = out / "run.json"
     if not path.exists():
-        others = sorted(p.name for p in out.iterdir() if p.name != ".lock")
+        ours = (".lock", "run.json.tmp")  # of a start that was killed
+        others = sorted(p.name for p in out.iterdir() if p.name not in ours)
         if others:
             raise UserError(f"{out} is not a run but holds {others[0]!r}; give another --out")
         write_json(path, {"config": asdict(c), **about, "command": command(c, str(out))})
@@ -376,6 +387,8 @@ def save_student(c: Config, model: nn.Module, folder: Path, vocabulary: Path, ab
     })  # fmt: skip
     write_json(beside / "dsbs.json", {key: about[key] for key in about if key != "best"})
     (beside / "README.md").write_text(model_card(c, about["step"], about["best"]))
+    for path in beside.iterdir():
+        fsync(path)
     if folder.exists():
         os.replace(folder, old)
     os.replace(beside, folder)
@@ -435,20 +448,29 @@ def named_tensors(model: nn.Module, optimizer=None) -> dict[str, Tensor]:
     return tensors
 
 
-def save_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
-    """A sharded checkpoint in safetensors (no pickle): each rank writes its parts, at once."""
-    import torch.distributed.checkpoint as dcp  # takes a while to import
+@contextlib.contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """What torch's checkpoints raise, as an OSError; without its warning that one process is alone,
+    which is meant."""
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one process is meant to be alone
-            dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
+            warnings.simplefilter("ignore")
+            yield
     except CheckpointException as error:  # the same on all ranks
         rank, (reason, _) = next(iter(error.failures.items()))
         raise OSError(f"rank {rank}: {reason}") from None
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
+    """A sharded checkpoint in safetensors (no pickle): each rank writes its parts, at once."""
+    import torch.distributed.checkpoint as dcp  # takes a while to import
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with checkpoint_errors():
+        dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
@@ -456,8 +478,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with checkpoint_errors():
         reader = HuggingFaceStorageReader(str(folder))
         dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
 
@@ -493,6 +514,7 @@ def save_state(
                 fsync(path)
         beside = root / "latest.tmp"
         beside.write_text(folder.name)
+        fsync(beside)
         os.replace(beside, root / "latest")
         fsync(root)
         for other in [before, *root.glob("best-*")]:
@@ -664,7 +686,7 @@ def parallelize(model: nn.Module, c: Config) -> nn.Module:
     when the head needs it.
     """
     if c.recompute:
-        for block in model.blocks:
+        for block in dict.fromkeys(model.blocks):  # a fork may use one twice
             recompute(block)
     if c.parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -677,7 +699,8 @@ def parallelize(model: nn.Module, c: Config) -> nn.Module:
             param_dtype=gathered_in, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         ends = [m for m in model.children() if isinstance(m, nn.Embedding | nn.Linear)]
-        for unit in [*(ends if len(ends) > 1 else []), *model.blocks, model]:
+        units = [*(ends if len(ends) > 1 else []), *model.blocks, model]
+        for unit in dict.fromkeys(units):
             fully_shard(unit, mesh=mesh, mp_policy=policy)
     return model
 
@@ -751,7 +774,7 @@ def check_files(c: Config) -> None:
 # ------------------------------------------------------------------------------------ the loop
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Exception):
     """A run that cannot go on; its last state is good."""
 
 
@@ -872,7 +895,7 @@ def peak_memory(device: torch.device) -> int:
 
 def log_line(c: Config, m: dict, seconds_left: float) -> str:
     """One line for people; `metrics.jsonl` has every step."""
-    left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+    left = timedelta(seconds=int(seconds_left))
     line = (
         f"step {m['step']}/{c.steps}  label {m['label_loss']:.4f}  rationale "
         f"{m['rationale_loss']:.4f}  lr {m['lr']:.2e}  norm {m['grad_norm']:.2f}  "
@@ -919,7 +942,9 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
         save_student(c, model, out / folder, data.vocabulary, {**about, "step": step, "best": best})
 
     if best_step and agreed(lambda: best_is_missing(out, best_step)):
-        assert best_step == done, "best/ is written right after the state of its step"
+        if best_step != done:  # best/ is written right after the state of its step
+            raise UserError(f"{out / 'best'} is gone or damaged, and its step {best_step} is past; "
+                            "bring it back, or start again with another --out")
         if rank == 0 or sharded:
             export("best", best_step)
     wrapped = model if sharded else parallelize(model, c)
@@ -996,7 +1021,7 @@ def student_step(folder: Path) -> int | None:
     """The step that a student folder of a run was saved at; None where there is none."""
     try:
         return json.loads((folder / "dsbs.json").read_text())["step"]
-    except FileNotFoundError:
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -1105,18 +1130,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(given: dict) -> int:
+def remembered(given: dict, out: str | None, resume: bool) -> dict:
+    """On resume, flags that are not given stay as they were; only `parallel` follows from what
+    there is now."""
+    path = Path(out or "", "run.json")
+    if not (resume and out and path.exists()):
+        return given
+    try:
+        before = json.loads(path.read_text())["config"]
+        given = {k: v for k, v in before.items() if k != "parallel"} | given
+        Config(**given)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or another version's: {error!r}") from None
+    return given
+
+
+def run(given: dict, out: str | None, resume: bool) -> int:
     """Trains as told by the flags given, or shows what is there; returns the exit status."""
-    out, resume = given.pop("out", None), given.pop("resume", False)
-    given.pop("timeout", None)
-    if resume and out and (Path(out) / "run.json").exists():  # flags not given stay as they were
-        try:
-            before = json.loads((Path(out) / "run.json").read_text())["config"]
-            given = {k: v for k, v in before.items() if k not in MAY_CHANGE} | given
-            Config(**given)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{Path(out) / 'run.json'} is damaged, or another version's: "
-                            f"{error!r}") from None  # fmt: skip
     c = resolve(Config(**given))
     check_files(c)
     out = Path(out or run_name(c))
@@ -1149,16 +1179,26 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 2 with one line for a user's mistake, 1 for a run that could not go on, 143 or
     130 for one that a signal stopped."""
     given = vars(parse_args(argv))
+    apart = ("out", "resume", "timeout", "plan", "gpus", "json")  # not of the configuration
+    out, resume, timeout, only_plan, gpus, as_json = (given.pop(flag, None) for flag in apart)
     try:
-        if given.pop("plan", False):
+        if only_plan:
             from scripts import plan
 
-            return plan.run(given, given.pop("gpus", 1), given.pop("json", False))
-        with processes(choose_device(given.get("device")), given.get("timeout", 1800)):
-            return run(given)
+            return plan.run(given, 1 if gpus is None else gpus, bool(as_json))
+        if gpus is not None or as_json:
+            raise UserError("--gpus and --json are for --plan; processes are torchrun's to start")
+        timeout = 1800 if timeout is None else timeout
+        if not 0 < timeout < 10**7:
+            raise UserError(f"--timeout {timeout}: must be a positive number of seconds")
+        given = remembered(given, out, resume)
+        with processes(choose_device(given.get("device")), timeout):
+            return run(given, out, resume)
     except (UserError, TrainingError) as error:  # the same on every rank: one line a machine
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # torchrun ends all when the first has ended: not before it has spoken
         return 2 if isinstance(error, UserError) else 1
     except RuntimeError as error:  # a collective that another rank has left
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not LOST.search(str(error)):

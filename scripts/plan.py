@@ -158,6 +158,8 @@ def simulate(c: train.Config, config: T5Config, gpus: int, sources: int, targets
     finally:
         dist.init_device_mesh = make_mesh
         dist.destroy_process_group()
+    if c.parallel == "ddp":  # its buckets stay
+        memory.peak += 4 * sum(p.numel() for p in parameters)
     return {"peak_gib": training / GIB, "evaluation_peak_gib": memory.peak / GIB, "rows": rows,
             "parts_gib": {kind: size / GIB for kind, size in parts.items() if size}}  # fmt: skip
 
@@ -225,17 +227,25 @@ def plan(given: dict, gpus: int) -> dict:
     precision, assumed = given.get("precision", "bf16"), []
     c = train.resolve(train.Config(**{**given, "device": "cpu", "precision": precision}))
     c.parallel = given.get("parallel")
+    if c.parallel == "none" and gpus > 1:
+        raise UserError(f"--parallel none on {gpus} GPUs would train {gpus} models; allowed: ddp, "
+                        "fsdp")  # fmt: skip
     weights = Path(c.weights)
     if c.weights == "random":
         config = train.untrained_config(c.size, Tokenizer(train.DEMO_VOCABULARY))
     elif (weights / "config.json").is_file():
-        config = read_config(weights)
+        try:
+            config = read_config(weights)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     else:
         config = T5Config.preset(c.size)
         assumed.append(f"no {weights / 'config.json'}: the shape of T5 v1.1 {c.size}")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in T5(config).parameters())
-    small = 16 * parameters < 0.8 * CARDS["fits_40gb"] * GIB
+    small, medium = (16 * parameters < 0.8 * room * GIB for room in CARDS.values())
+    if gpus > 1 and c.parallel is None and medium and not small:
+        assumed.append("fsdp, as on 40 GB cards; with 80 GB a run would choose ddp")
     c.parallel = "none" if gpus == 1 else c.parallel or ("ddp" if small else "fsdp")
     rows = None
     try:

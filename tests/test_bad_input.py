@@ -55,6 +55,13 @@ def refuse(capsys, tmp_path, monkeypatch):
     ("--rationales human", ["'human'", "demo", "files"]),
     ("--rationales palm", ["'palm'", "demo", "files"]),
     ("--rationales nowhere.jsonl", ["nowhere.jsonl"]),
+    ("--gpus 2", ["--plan"]),
+    ("--json", ["--plan"]),
+    ("--timeout nan", ["--timeout nan"]),
+    ("--plan --gpus 0", ["--gpus 0"]),
+    ("--plan --gpus 2 --parallel none", ["ddp, fsdp"]),
+    ("--size xxl", ["t5-v1_1-xxl", "hf download", "esnli_train.json", "train_CoT_0.json",
+                    "git clone"]),
 ])  # fmt: skip
 def test_flags(refuse, words, parts):
     error = refuse(*words.split())

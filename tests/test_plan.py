@@ -42,7 +42,9 @@ def test_a_run_with_data_is_counted_from_them(tmp_path):
     assert p["truncated_share"] == 0 and not p["assumed"] and p["parallel"] == "ddp"
     assert 0.5 * p["padded_tokens_per_step"] < p["real_tokens_per_step"]
     assert p["real_tokens_per_step"] <= p["padded_tokens_per_step"] < 32 * 2 * 300
-    said = run("train.py", "--plan").stdout
+    flags = ("--out", tmp_path / "r", "--resume", "--timeout", 60)  # of the run, nothing is written
+    said = run("train.py", "--plan", *flags).stdout
+    assert not (tmp_path / "r").exists()
     for words in ("952,064 parameters", "peak", "fits a 40 GB card", "rows cut",
                   "FLOPs a step", "40% of an A100's 312 TFLOP/s", "leaves out"):  # fmt: skip
         assert words in said

@@ -277,6 +277,17 @@ def test_what_may_change_on_resume_and_what_may_not(small_task, tmp_path):
         assert y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-4)
 
 
+def test_a_resumed_run_keeps_its_micro_batches(small_task, tmp_path):
+    """With dropout, others would give other masks; also after a start killed while it began."""
+    base, out = ["train.py", "--dataset", small_task, *QUICK[:4], *QUICK[6:]], tmp_path / "cut"
+    run(*base, "--micro-batch", 2, "--out", tmp_path / "whole")
+    out.mkdir()
+    (out / "run.json.tmp").write_text('{"conf')
+    killed_after(7, out, *base, "--micro-batch", 2, "--out", out)
+    run("train.py", "--resume", "--out", out)
+    assert same_steps(tmp_path / "whole" / "metrics.jsonl", out / "metrics.jsonl")
+
+
 def test_the_thread_count_is_put_back(small_task, tmp_path):
     out = tmp_path / "run"
     base = ["train.py", "--dataset", small_task, *QUICK, "--out", out]
