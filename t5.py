@@ -23,6 +23,7 @@ from __future__ import annotations  # fields' types as text
 
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,10 +39,6 @@ from torch import Tensor, nn
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_LEGACY_BYTES = 5_000_000_000
-LEGACY = (
-    "{path} is in torch's old format, which must be read whole by every process; convert it once, "
-    "into shards that need not, with\n  python -c \"import t5; t5.convert('{folder}')\""
-)
 
 # The published v1.1 checkpoints, and a tiny one for the bundled task.
 PRESETS: dict[str, dict] = {
@@ -596,6 +593,10 @@ class Stored:
     read: Callable[[int, int], Tensor]
 
 
+class OldFormat(ValueError):
+    """A large file that must be converted first."""
+
+
 # What a process holds of a parameter: a tensor to fill, and which rows it is (first, end).
 Own = Callable[[nn.Parameter], tuple[Tensor, int, int]]
 
@@ -638,6 +639,8 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Stored]:
             readers.update(read_file(folder / shard, files))
         except FileNotFoundError:
             raise ValueError(f"{folder / shard} is missing, though the index names it") from None
+        except OldFormat:
+            raise
         except Exception as error:  # damaged bytes raise a dozen kinds
             reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on: turn the guard off
             raise ValueError(
@@ -660,7 +663,10 @@ def read_file(path: Path, files: ExitStack) -> Iterator[tuple[str, Stored]]:
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # torch >= 1.6; only these can be memory-mapped
     if not zipped and path.stat().st_size > MAX_LEGACY_BYTES:
-        raise ValueError(LEGACY.format(path=path, folder=path.parent))
+        raise OldFormat(
+            f"{path} is in torch's old format, which every process would read whole; convert it "
+            f"once with `python -c \"import t5; t5.convert('{path.parent}')\"`"
+        )
     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
@@ -718,18 +724,53 @@ def show(names: list[str], most: int = 12) -> str:
 
 
 def convert(folder: str | os.PathLike) -> None:
-    """Turns a folder's .bin files into safetensors shards beside them, one file in memory at a
-    time, once and in one process; from then on those are read."""
+    """Turns a folder's pytorch_model*.bin in torch's old format into safetensors shards beside
+    them, one tensor in memory at a time; from then on those are read."""
     folder, weight_map = Path(folder), {}
     shards = sorted(folder.glob("pytorch_model*.bin"))
     for i, path in enumerate(shards, 1):
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = map_old_format(path)
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
         write_tensors(folder / (name + ".tmp"), tensors, Tensor.detach)
         os.replace(folder / (name + ".tmp"), folder / name)
         weight_map |= dict.fromkeys(tensors, name)
-        del tensors
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def map_old_format(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file from before torch 1.6, memory-mapped: pickles, read as `weights_only`
+    reads them, say which part of which storage a tensor is; the storages follow, one after the
+    other, each after its number of elements.
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/serialization.py (_legacy_save)"""
+    from torch._weights_only_unpickler import Unpickler
+
+    promised: dict[str, torch.UntypedStorage] = {}  # by key, without memory
+
+    def promise(saved: tuple) -> torch.TypedStorage:
+        _, kind, key, _, count, _ = saved
+        size = count * torch.empty(0, dtype=kind.dtype).element_size()
+        storage = promised.setdefault(key, torch.UntypedStorage(size, device="meta"))
+        return torch.TypedStorage(wrap_storage=storage, dtype=kind.dtype, _internal=True)
+
+    with open(path, "rb") as file:
+        for _ in range(3):  # a magic number, the format's, the system's
+            Unpickler(file, encoding="utf-8").load()
+        unpickler = Unpickler(file, encoding="utf-8")
+        unpickler.persistent_load = promise
+        tensors, begins = unpickler.load(), {}
+        keys = Unpickler(file, encoding="utf-8").load()
+        place = file.tell()
+        for key in keys:
+            begins[promised[key]._cdata] = place + 8
+            place += 8 + promised[key].nbytes()
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped = {}
+    for name, t in tensors.items():
+        storage, start = t.untyped_storage(), begins[t.untyped_storage()._cdata]
+        count = storage.nbytes() // t.element_size()
+        flat = torch.frombuffer(data, dtype=t.dtype, count=count, offset=start)
+        mapped[name] = flat.as_strided(t.shape, t.stride(), t.storage_offset())
+    return mapped
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], fetch: Callable) -> None:

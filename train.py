@@ -501,7 +501,8 @@ def save_state(
             if other != before:
                 shutil.rmtree(other)
         folder.mkdir(parents=True)
-        shutil.rmtree(best, ignore_errors=not best.exists()) if new_best else None
+        if new_best:
+            shutil.rmtree(best, ignore_errors=True)
     if sharded:
         dist.barrier()
     save_tensors(folder, named_tensors(model, optimizer), sharded)

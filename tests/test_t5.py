@@ -474,6 +474,23 @@ def test_every_form_of_checkpoint_loads_bit_for_bit(tmp_path, form, config, dtyp
     assert all(torch.equal(saved[n], t.float()) for n, t in tensors.items())
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_files_in_the_old_format_are_converted_once(tmp_path, monkeypatch, dtype):
+    tensors = {name: t.to(dtype) for name, t in checkpoint().items()}
+    tensors[COPIES[0]] = tensors[SHARED]  # one storage for two, as T5 was saved
+    some = next(n for n, t in tensors.items() if t.dim() == 2 and n not in (SHARED, COPIES[0]))
+    tensors[some] = tensors[some].t().contiguous().t()  # not in the order of its rows
+    folder = write(tmp_path, tensors, "legacy")
+    expected = T5.from_pretrained(folder).state_dict()
+    monkeypatch.setattr(t5, "MAX_LEGACY_BYTES", 0)
+    refused(folder, "old format", f"t5.convert('{folder}')")
+    t5.convert(folder)
+    assert {p.name for p in folder.glob("*.safetensors")} == {"model-00001-of-00001.safetensors"}
+    loaded = T5.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_known_aliases_and_the_unused_bias_are_accepted(tmp_path, form):
     tensors = {**checkpoint(), OLD_BIAS: torch.randn(17, 3)}
