@@ -75,13 +75,11 @@ def choose_device(name: str | None) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", 0))
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
         device = torch.device("cuda", device.index if alone and device.index else local)
-        count = torch.cuda.device_count()
-        if count <= device.index and not alone:
+        if 0 < (count := torch.cuda.device_count()) <= device.index and not alone:
             raise UserError(f"rank {os.environ['RANK']} wants GPU {local} of {count}; allowed: "
                             f"--nproc_per_node={count} at most")  # fmt: skip
-    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(
-        1, torch.cuda.device_count() if device.type == "cuda" else 1
-    ):
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= there:
         raise UserError(f"--device {name!r} is not available; {allowed}")
     return device
 
@@ -367,6 +365,7 @@ def read_inputs(path: str) -> list[Example]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """All flags, with their defaults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("student", help="a student folder, such as runs/NAME/best")
@@ -383,6 +382,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Predicts inputs, or scores a split; prints a JSON line for each, or one in the end."""
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     student = load_student(args.student, device, precision)
     if args.predict:

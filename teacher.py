@@ -757,6 +757,7 @@ def say(words: str) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """All flags; the key comes from the environment and is none of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dataset", required=True, help=f"{', '.join(TASKS)}, or a folder of *.jsonl")

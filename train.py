@@ -306,7 +306,7 @@ def weights_hashes(folder: Path) -> dict[str, str]:
 def provenance(c: Config) -> dict:
     """All that decides a run's result besides its configuration: data, weights, code, versions."""
     splits = ["train", "valid"] + ["test"] * has_split(c.dataset, "test", c.data_root)
-    paths: set[Path] = set(data_files("asdiv", "train", c.data_root) if c.augment else ())
+    paths: set[Path] = set(data_files(c.augment, "train", c.data_root) if c.augment else ())
     paths.update(map(Path, teacher_files(c)))
     for split in splits:
         paths.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
@@ -360,7 +360,9 @@ def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
     return None
 
 
-def save_student(c: Config, model: nn.Module, folder: Path, vocabulary: Path, about: dict) -> None:
+def save_student(
+    c: Config, model: nn.Module, folder: Path, vocabulary: Path, step: int, accuracy: float
+) -> None:
     """A student that `eval.py` and `transformers` load. The new folder is whole before it takes
     the old one's place; a crash between the two renames is mended from the state on resume.
     Of a sharded model all ranks call this and rank 0 writes."""
@@ -385,8 +387,9 @@ def save_student(c: Config, model: nn.Module, folder: Path, vocabulary: Path, ab
         "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "pad_token": "<pad>",
         "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": evaluation.MAX_SOURCE,
     })  # fmt: skip
-    write_json(beside / "dsbs.json", {key: about[key] for key in about if key != "best"})
-    (beside / "README.md").write_text(model_card(c, about["step"], about["best"]))
+    about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset, "step": step}
+    write_json(beside / "dsbs.json", about)
+    (beside / "README.md").write_text(model_card(c, step, accuracy))
     for path in beside.iterdir():
         fsync(path)
     if folder.exists():
@@ -937,10 +940,9 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
         f"{4 * parameters / 1e6:,.0f} MB each" + (", exported at the end" if sharded else "")
     )
     student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
-    about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset}
 
     def export(folder: str, step: int) -> None:
-        save_student(c, model, out / folder, data.vocabulary, {**about, "step": step, "best": best})
+        save_student(c, model, out / folder, data.vocabulary, step, best)
 
     if best_step and agreed(lambda: best_is_missing(out, best_step)):
         if best_step != done:  # best/ is written right after the state of its step
@@ -1031,12 +1033,10 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module) -> dict:
     device, sharded = own_device(c), c.parallel == "fsdp"
     state = json.loads((latest_state(out) / "state.json").read_text())
     step, kept = state["best_step"], out / "state" / f"best-{state['best_step']:07}"
-    about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset}
     if agreed(lambda: student_step(out / "best") != step):
         load_tensors(kept, named_tensors(model), sharded)
         if sharded or rank_and_world()[0] == 0:
-            about = {**about, "step": step, "best": state["best"]}
-            save_student(c, model, out / "best", data.vocabulary, about)
+            save_student(c, model, out / "best", data.vocabulary, step, state["best"])
     if rank_and_world()[1] > 1:
         dist.barrier()  # all ranks have read it
     agreed(lambda: shutil.rmtree(kept, ignore_errors=True))
@@ -1091,6 +1091,7 @@ def show_result(c: Config, out: Path, result: dict) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags that were given, and no others: `Config` and `resolve` know the defaults."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS
     )

@@ -37,6 +37,9 @@ PEAK_FLOPS, UTILISATION = 312e12, 0.4  # an A100's bf16 products; what a good ru
 ESNLI = 549_367  # examples, where there are no data to count
 
 
+SHAPES = "_propagate_tensor_meta_non_cached"  # the method that asks for results' shapes
+
+
 # ---- Memory --------------------------------------------------------------------------------------
 
 
@@ -84,7 +87,8 @@ class Memory(TorchDispatchMode):
         return out
 
     def __enter__(self):
-        self.resize, self.shapes = torch.UntypedStorage.resize_, SHAPES(ShardingPropagator)
+        self.resize = torch.UntypedStorage.resize_
+        self.shapes = getattr(ShardingPropagator, SHAPES)
         self.dropout = nn.functional.dropout
 
         def resize(storage, size):  # how FSDP frees gathered weights, and gets them again
@@ -100,18 +104,14 @@ class Memory(TorchDispatchMode):
                 self.ignoring = False
 
         torch.UntypedStorage.resize_ = resize
-        setattr(ShardingPropagator, SHAPES_NAME, shapes)
+        setattr(ShardingPropagator, SHAPES, shapes)
         nn.functional.dropout = lambda x, p, on=True, _=False: torch.native_dropout(x, p, on)[0]
         return super().__enter__()
 
     def __exit__(self, *error):
         torch.UntypedStorage.resize_, nn.functional.dropout = self.resize, self.dropout
-        setattr(ShardingPropagator, SHAPES_NAME, self.shapes)
+        setattr(ShardingPropagator, SHAPES, self.shapes)
         return super().__exit__(*error)
-
-
-SHAPES_NAME = "_propagate_tensor_meta_non_cached"
-SHAPES = lambda owner: getattr(owner, SHAPES_NAME)  # noqa: E731
 
 
 def simulate(c: train.Config, config: T5Config, gpus: int, sources: int, targets: int) -> dict:

@@ -143,8 +143,7 @@ with evaluation.processes(torch.device("cpu")):
     model = train.build_model(c, tokenizer)
     loaded, seconds, peak = peak - base, time.perf_counter() - start, 0.0
     out = Path({folder!r} + "-out")
-    about = dict(method="standard", prefixes="paper", dataset="demo", step=1, best=0.5)
-    train.save_student(c, model, out, Path({folder!r}) / "config.json", about)
+    train.save_student(c, model, out, Path({folder!r}) / "config.json", 1, 0.5)
     exported, measuring = peak - base, False
     found = [None] * world
     if world > 1:
