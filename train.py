@@ -938,6 +938,8 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
         + (f"; continuing after step {done}" if done else "")
         + f"\ndisk: a state {12 * parameters / 1e6:,.0f} MB, best and last "
         f"{4 * parameters / 1e6:,.0f} MB each" + (", exported at the end" if sharded else "")
+        + f"\ncost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples and "
+        f"at least {-(-c.steps // c.save_every):,} saved states, while training waits"
     )
     student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
 
@@ -973,7 +975,10 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
 
             step, last_step, improved = step + 1, step + 1 == c.steps, False
             if step % c.eval_every == 0 or last_step:
+                start = time.monotonic()
                 summary, _ = evaluation.evaluate(student, data.valid, progress="valid")
+                if (seconds := time.monotonic() - start) > 10:
+                    print0(f"evaluation of step {step} took {seconds:.1f} s")
                 metrics["valid_accuracy"] = summary["accuracy"]
                 improved = summary["accuracy"] > best
                 if improved:
