@@ -938,8 +938,8 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
         + (f"; continuing after step {done}" if done else "")
         + f"\ndisk: a state {12 * parameters / 1e6:,.0f} MB, best and last "
         f"{4 * parameters / 1e6:,.0f} MB each" + (", exported at the end" if sharded else "")
-        + f"\ncost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples and "
-        f"at least {-(-c.steps // c.save_every):,} saved states, while training waits"
+        + f"\ncost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples, "
+        f"at least {-(-c.steps // c.save_every):,} saved states: training waits"
     )
     student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
 
