@@ -111,7 +111,8 @@ def multitask_loss(
     """L = L_label + lambda L_rationale, for one micro-batch's part of an optimizer step.
 
     logits (B, T, V) of any float type, labels (B, T) int64 with -100 where there is no target,
-    tasks (B,) 0 for label and 1 for rationale rows, counts (2,): each task's target tokens in the
+    tasks (B,) 0 for label and 1 for rationale rows; or targets alone, (M, V), (M,) and (M,).
+    counts (2,): each task's target tokens in the
     *whole* step. Three float32 scalars; over all micro-batches and ranks of a step they add up to
     the step's losses, and so do their gradients, however the step was split.
 
@@ -122,9 +123,9 @@ def multitask_loss(
     factor of 2, which AdamW ignores and gradient clipping does not.
     """
     token_losses = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="none"
     )
-    row_losses = token_losses.view_as(labels).sum(1)  # (B,): l(f(x), .) of Eq. 1 and 4, summed
+    row_losses = token_losses.view(len(tasks), -1).sum(1)  # l(f(x), .) of Eq. 1 and 4, summed
     zero = row_losses.new_zeros(())
     counts = counts.clamp(min=1)  # a step without a row of some task
     label = torch.where(tasks == 0, row_losses, zero).sum() / counts[0]  # Eq. 1 (2, 5: other rows)

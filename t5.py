@@ -14,7 +14,8 @@ v1.1 (and Flan-T5, which has its shapes) uses a gated GELU, a head of its own, a
 scale the logits: https://github.com/google-research/text-to-text-transfer-transformer
 /blob/main/released_checkpoints.md. The three are independent settings here.
 
-Shapes: B rows, S source length, T target length, D d_model, H heads, K d_kv, F d_ff, V vocabulary.
+Shapes: B rows, S source length, T target length, D d_model, H heads, K d_kv, F d_ff, V vocabulary;
+N the tokens of a padded batch (of B*S or B*T places), which is all that most layers see.
 Numbers: weights, norms, residual stream and softmax are float32; under autocast (or FSDP's
 mixed precision) the matrix products, and nothing else, run in bfloat16.
 """
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +151,29 @@ class T5Config:
 # ----------------------------------------------------------------------------- architecture
 
 
+class Places:
+    """Which places of a padded batch (B, S) hold tokens. Norms, linear layers and dropout treat
+    each token by itself, so they run on the N tokens alone, (N, D), without the padding; attention
+    needs rows, (B, S, D)."""
+
+    def __init__(self, taken: Tensor):
+        self.shape = taken.shape  # (B, S), bool
+        index = taken.flatten().nonzero()[:, 0]
+        self.index = index if len(index) < taken.numel() else None  # (N,); None: all of them
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, S, ...) -> (N, ...)"""
+        x = x.flatten(0, 1)
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, D) -> (B, S, D), zero where there is no token"""
+        if self.index is not None:
+            padded = x.new_zeros((self.shape.numel(), x.shape[1]))
+            x = padded.index_copy(0, self.index, x)
+        return x.unflatten(0, self.shape)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32. (..., D) -> (..., D)"""
 
@@ -197,7 +222,7 @@ class RelativeBias(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over given keys and values; H * K need not equal D."""
+    """Multi-head attention of tokens over given keys and values; H * K need not equal D."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -209,19 +234,22 @@ class Attention(nn.Module):
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, H*K) -> (B, H, S, K)
+    def split(self, x: Tensor, places: Places) -> Tensor:
+        x = places.unpack(x).unflatten(-1, (self.heads, -1))  # (N, H*K) -> (B, S, H, K)
+        return x.transpose(1, 2)  # (B, H, S, K)
 
-    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.k(memory)), self.split(self.v(memory))  # 2 x (B, H, S, K)
+    def keys_values(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        return self.split(self.k(x), places), self.split(self.v(x), places)  # 2 x (B, H, S, K)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *biases: Tensor) -> Tensor:
-        scores = self.split(self.q(x)) @ keys.transpose(-1, -2)  # (B, H, T, S)
+    def forward(
+        self, x: Tensor, places: Places, keys: Tensor, values: Tensor, *biases: Tensor
+    ) -> Tensor:
+        scores = self.split(self.q(x), places) @ keys.transpose(-1, -2)  # (B, H, T, S)
         for bias in biases:  # in place: one tensor of this size, not one per bias
             scores += bias
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
         mixed = self.dropout(weights) @ values  # (B, H, T, K)
-        return self.o(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.o(places.pack(mixed.transpose(1, 2).flatten(2)))  # (N, D)
 
 
 class FeedForward(nn.Module):
@@ -268,10 +296,11 @@ class EncoderBlock(nn.Module):
         self.ff = feed_forward(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        """x (B, S, D), bias (1, H, S, S), mask (B, 1, 1, S) -> (B, S, D)"""
+    def forward(self, x: Tensor, places: Places, bias: Tensor, mask: Tensor) -> Tensor:
+        """x (N, D), bias (1, H, S, S), mask (B, 1, 1, S) -> (N, D)"""
         h = self.attention_norm(x)
-        x = x + self.dropout(self.attention(h, *self.attention.keys_values(h), bias, mask))
+        keys, values = self.attention.keys_values(h, places)
+        x = x + self.dropout(self.attention(h, places, keys, values, bias, mask))
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
 
@@ -307,26 +336,34 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
-        self, x: Tensor, memory: Tensor, bias: Tensor, mask: Tensor, cache: Cache | None = None
+        self,
+        x: Tensor,
+        places: Places,
+        memory: Tensor,
+        memory_places: Places,
+        bias: Tensor,
+        mask: Tensor,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """x (B, T, D), memory (B, S, D), causal bias (1, H, T, T), mask (B, 1, 1, S) -> (B, T, D)
+        """x (N, D), memory (its N, D), causal bias (1, H, T, T), mask (B, 1, 1, S) -> (N, D)
 
-        With a cache, x is one new token (B, 1, D) and bias its row (1, H, 1, tokens so far).
+        With a cache, x is one new token of each row (B, D), bias its row (1, H, 1, tokens so far).
         """
         h = self.attention_norm(x)
-        keys, values = self.attention.keys_values(h)
+        keys, values = self.attention.keys_values(h, places)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        x = x + self.dropout(self.attention(h, keys, values, bias))
+        x = x + self.dropout(self.attention(h, places, keys, values, bias))
 
         h = self.cross_norm(x)
         if cache is None:
-            keys, values = self.cross.keys_values(memory)
+            keys, values = self.cross.keys_values(memory, memory_places)
         else:
             if cache.memory is None:  # contiguous once, or every product copies them again
-                cache.memory = [t.contiguous() for t in self.cross.keys_values(memory)]
+                both = self.cross.keys_values(memory, memory_places)
+                cache.memory = [t.contiguous() for t in both]
             keys, values = cache.memory
-        x = x + self.dropout(self.cross(h, keys, values, mask))
+        x = x + self.dropout(self.cross(h, places, keys, values, mask))
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
 
@@ -381,22 +418,23 @@ class T5(nn.Module):
         """The repeated parts, in order: what is sharded, recomputed or compiled one by one."""
         return [*self.encoder.blocks, *self.decoder.blocks]
 
-    def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, S) ids, (B, 1, 1, S) additive mask -> (B, S, D) float32"""
-        x = self.dropout(self.embedding(input_ids).float())
+    def encode(self, input_ids: Tensor, places: Places, mask: Tensor) -> Tensor:
+        """(B, S) ids, (B, 1, 1, S) additive mask -> (N, D) float32"""
+        x = self.dropout(self.embedding(places.pack(input_ids)).float())
         bias = self.encoder.bias(input_ids.shape[1])
         for block in self.encoder.blocks:
-            x = block(x, bias, mask)
+            x = block(x, places, bias, mask)
         return self.dropout(self.encoder.norm(x))
 
-    def decode(
-        self, ids: Tensor, memory: Tensor, bias: Tensor, mask: Tensor, caches: list | None = None
-    ) -> Tensor:
-        """(B, T) decoder inputs, memory (B, S, D), causal bias (1, H, T, T) -> (B, T, V) logits"""
-        x = self.dropout(self.embedding(ids).float())
+    def decode(self, ids: Tensor, places: Places, *rest: Any, caches: list | None = None) -> Tensor:
+        """(B, T) decoder inputs, memory, its places, causal bias (1, H, T, T), mask -> (N, D)"""
+        x = self.dropout(self.embedding(places.pack(ids)).float())
         for block, cache in zip(self.decoder.blocks, caches or [None] * len(self.decoder.blocks)):
-            x = block(x, memory, bias, mask, cache)
-        x = self.dropout(self.decoder.norm(x))
+            x = block(x, places, *rest, cache)
+        return self.dropout(self.decoder.norm(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
         if self.config.scale_decoder_outputs:
             x = x * self.config.d_model**-0.5
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
@@ -407,15 +445,30 @@ class T5(nn.Module):
         return bias + torch.full_like(bias[0, 0], MASKED).triu(1)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) for source ids (B, S), their mask (B, S; 1 token, 0 padding) and
         decoder inputs (B, T), all integer tensors. Where the decoder input is trailing PAD the
-        logits are unspecified."""
+        logits are unspecified.
+
+        `wanted`, M places of the flattened (B * T), asks for the logits there and nowhere else:
+        (M, V). In training these are the targets, and logits are the largest tensor there is.
+        """
         mask = additive_mask(attention_mask)
-        memory = self.encode(input_ids, mask)
-        bias = self.causal_bias(decoder_input_ids.shape[1])
-        return self.decode(decoder_input_ids, memory, bias, mask)
+        sources = Places(attention_mask != 0)
+        memory = self.encode(input_ids, sources, mask)
+        needed = torch.full_like(decoder_input_ids, wanted is None, dtype=torch.bool)
+        if wanted is not None:  # tokens see the past alone: a row's last wanted one ends it
+            needed.view(-1).index_fill_(0, wanted, True)
+            needed = needed.flip(1).cumsum(1).flip(1) > 0
+            needed[:, 0] = True  # and no row is empty
+        places, bias = Places(needed), self.causal_bias(decoder_input_ids.shape[1])
+        x = places.unpack(self.decode(decoder_input_ids, places, memory, sources, bias, mask))
+        return self.logits(x if wanted is None else x.flatten(0, 1).index_select(0, wanted))
 
     @torch.no_grad()
     def generate(
@@ -424,16 +477,18 @@ class T5(nn.Module):
         """Greedy decoding: (B, S), (B, S) -> (B, at most max_new_tokens) int64, without the start
         token, PAD after a row's EOS; it stops when every row has ended. Call `eval()` before."""
         c, rows = self.config, len(input_ids)
-        mask = additive_mask(attention_mask)
-        memory = self.encode(input_ids, mask)
+        mask, sources = additive_mask(attention_mask), Places(attention_mask != 0)
+        memory = self.encode(input_ids, sources, mask)
         bias = self.causal_bias(max_new_tokens)
         caches = [Cache(max_new_tokens) for _ in self.decoder.blocks]
         token = input_ids.new_full((rows, 1), c.decoder_start_token_id)
+        places = Places(token >= 0)
         ended = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
         tokens = []
         for t in range(max_new_tokens):
-            logits = self.decode(token, memory, bias[:, :, t : t + 1, : t + 1], mask, caches)
-            token = logits[:, -1].argmax(-1).masked_fill(ended, c.pad_token_id)[:, None]
+            row = bias[:, :, t : t + 1, : t + 1]
+            x = self.decode(token, places, memory, sources, row, mask, caches=caches)
+            token = self.logits(x).argmax(-1).masked_fill(ended, c.pad_token_id)[:, None]
             tokens.append(token)
             ended = ended | (token[:, 0] == c.eos_token_id)
             if ended.all():

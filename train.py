@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -818,10 +819,15 @@ def forward_backward(
     model: nn.Module, batch: dict[str, Tensor], counts: Tensor, c: Config, scale: int
 ) -> Tensor:
     """One micro-batch: adds to the gradients, returns its (L_label, L_rationale) shares."""
+    labels, tasks, wanted = batch["labels"], batch["tasks"], batch.get("wanted")
+    inputs = batch["input_ids"], batch["attention_mask"], shift_right(labels)
+    takes = inspect.signature(evaluation.STUDENT.forward).parameters
+    if wanted is not None and "wanted" in takes:  # logits at the targets alone; a fork may give all
+        tasks, labels = tasks[wanted // labels.shape[1]], labels.flatten()[wanted]
+        inputs = *inputs, wanted
     with autocast(counts.device, c.precision):
-        decoder_input_ids = shift_right(batch["labels"])
-        logits = model(batch["input_ids"], batch["attention_mask"], decoder_input_ids)
-    losses = multitask_loss(logits, batch["labels"], batch["tasks"], counts, c.lam)
+        logits = model(*inputs)
+    losses = multitask_loss(logits, labels, tasks, counts, c.lam)
     (losses.total * scale).backward()
     return torch.stack([losses.label, losses.rationale]).detach()
 

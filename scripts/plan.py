@@ -3,8 +3,8 @@
 Memory is not a formula: the real model, loss and optimizer step run on tensors without contents
 (`FakeTensorMode`) in rank 0 of a process group that is not there, and every storage is counted from
 when it is made until it is freed. It stands for a GPU because the model names its dtypes, and
-because dropout is made to keep one byte a mask, as CUDA's does. It knows flags and figures, and
-trains nothing.
+because dropout is made to keep one byte a mask, as CUDA's does. Without contents nothing says where
+padding is, so every place counts as a token. It knows flags and figures, and trains nothing.
 """
 
 import functools
@@ -25,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import t5
 import train
 from data import Tokenizer, TokenRows, UserError, micro_batches, step_examples
 from eval import LABEL_TOKENS, MAX_SOURCE, MAX_TOKENS, gathered
@@ -89,7 +90,7 @@ class Memory(TorchDispatchMode):
     def __enter__(self):
         self.resize = torch.UntypedStorage.resize_
         self.shapes = getattr(ShardingPropagator, SHAPES)
-        self.dropout = nn.functional.dropout
+        self.dropout, self.find = nn.functional.dropout, t5.Places.__init__
 
         def resize(storage, size):  # how FSDP frees gathered weights, and gets them again
             self.resize(storage, size)
@@ -106,11 +107,13 @@ class Memory(TorchDispatchMode):
         torch.UntypedStorage.resize_ = resize
         setattr(ShardingPropagator, SHAPES, shapes)
         nn.functional.dropout = lambda x, p, on=True, _=False: torch.native_dropout(x, p, on)[0]
+        t5.Places.__init__ = lambda self, taken: vars(self).update(shape=taken.shape, index=None)
         return super().__enter__()
 
     def __exit__(self, *error):
         torch.UntypedStorage.resize_, nn.functional.dropout = self.resize, self.dropout
         setattr(ShardingPropagator, SHAPES, self.shapes)
+        t5.Places.__init__ = self.find
         return super().__exit__(*error)
 
 
@@ -168,7 +171,8 @@ def fake_batch(rows: int, sources: int, targets: int) -> dict[str, Tensor]:
     """A micro-batch without contents."""
     long = functools.partial(torch.empty, dtype=torch.long)
     return {"input_ids": long(rows, sources), "attention_mask": long(rows, sources),
-            "labels": long(rows, targets), "tasks": long(rows)}  # fmt: skip
+            "labels": long(rows, targets), "tasks": long(rows),
+            "wanted": long(rows * targets)}  # fmt: skip
 
 
 # ---- Work ----------------------------------------------------------------------------------------
