@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,10 @@ class Config:
     micro_batch: int | None = None
     parallel: str | None = None
     recompute: bool | None = None  # activations, block by block, in the backward pass
+    compile: bool = False  # the blocks, by torch.compile: the same sums in another order
 
 
-MAY_CHANGE = {"save_every", "micro_batch", "parallel", "recompute"}
+MAY_CHANGE = {"save_every", "micro_batch", "parallel", "recompute", "compile"}
 
 
 def one_of(flag: str, value: str, allowed: Iterable[str]) -> None:
@@ -238,6 +240,8 @@ def command(c: Config, out: str, resume: bool = False) -> str:
         value = getattr(c, field.name)
         if field.name == "recompute" and value != RECIPES[c.size]["recompute"]:
             words.append("--recompute" if value else "--no-recompute")
+        elif field.name == "compile" and value:
+            words.append("--compile")
         elif field.name == "micro_batch" and value != RECIPES[c.size]["micro_batch"]:
             words += ["--micro-batch", str(value)]
         elif value != getattr(default, field.name) and field.name not in MAY_CHANGE:
@@ -690,8 +694,10 @@ def parallelize(model: nn.Module, c: Config) -> nn.Module:
     float32. An embedding tied to the head is gathered with the whole model, or it would be gone
     when the head needs it.
     """
-    if c.recompute:
-        for block in dict.fromkeys(model.blocks):  # a fork may use one twice
+    for block in dict.fromkeys(model.blocks):  # a fork may use one twice
+        if c.compile:
+            in_training(block, partial(torch.compile, dynamic=True))
+        if c.recompute:
             recompute(block)
     if c.parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -712,14 +718,14 @@ def parallelize(model: nn.Module, c: Config) -> nn.Module:
 
 def recompute(block: nn.Module) -> None:
     """Keeps only the block's input, and runs it again in the backward pass."""
-    forward = block.forward
+    in_training(block, lambda forward: partial(checkpoint, forward, use_reentrant=False))
 
-    def again(*inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*inputs)
-        return checkpoint(forward, *inputs, use_reentrant=False)
 
-    block.forward = again
+def in_training(block: nn.Module, change: Callable[[Callable], Callable]) -> None:
+    """Changes the block's forward where gradients are wanted; decoding keeps the plain one."""
+    plain = block.forward
+    changed = change(plain)
+    block.forward = lambda *inputs: (changed if torch.is_grad_enabled() else plain)(*inputs)
 
 
 def own_rows(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
@@ -1134,6 +1140,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "does not fit a device")  # fmt: skip
     add("--recompute", action=argparse.BooleanOptionalAction, help="activations in the backward "
         "pass, to save memory; default for xl and xxl")  # fmt: skip
+    add("--compile", action="store_true", help="the model's blocks, for GPUs; takes minutes once")
     add("--timeout", type=float, help="seconds that processes wait for each other; default 1800")
     add("--plan", action="store_true", help="print memory, steps and time; train nothing")
     add("--gpus", type=int, help="with --plan; default 1")

@@ -230,7 +230,7 @@ def plan(given: dict, gpus: int) -> dict:
     """All figures of a run with these flags on so many devices, and what was assumed for them."""
     precision, assumed = given.get("precision", "bf16"), []
     c = train.resolve(train.Config(**{**given, "device": "cpu", "precision": precision}))
-    c.parallel = given.get("parallel")
+    c.parallel, c.compile = given.get("parallel"), False  # which nobody knows beforehand
     if c.parallel == "none" and gpus > 1:
         raise UserError(f"--parallel none on {gpus} GPUs would train {gpus} models; allowed: ddp, "
                         "fsdp")  # fmt: skip

@@ -313,6 +313,40 @@ def test_cached_decoding_equals_a_naive_loop(config, source, steps):
         assert len(expected.unique()) > 9 and len(set(expected.ne(0).sum(1).tolist())) > 1
 
 
+@BOTH
+def test_logits_at_wanted_places_alone_are_those_of_all(config):
+    ids, mask, labels = batch()
+    labels[0, 3::5] = -100  # holes, and rows whose last target comes early
+    wanted = (labels.flatten() >= 0).nonzero()[:, 0]
+    found = []
+    for places in (None, wanted):
+        model, rows = fresh(config), []
+        layer = model.decoder.blocks[1].ff
+        layer.register_forward_hook(lambda _, inputs, __, rows=rows: rows.append(len(inputs[0])))
+        logits = model(ids, mask, shift_right(labels), places)
+        logits = logits.flatten(0, 1)[wanted] if places is None else logits
+        F.cross_entropy(logits, labels.flatten()[wanted]).backward()
+        found.append((logits, rows, [p.grad for p in model.parameters()]))
+    (full, all_rows, gradients), (few, some_rows, same) = found
+    torch.testing.assert_close(few, full, atol=2e-5, rtol=1e-5)
+    for one, other in zip(gradients, same):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+    last = [int((row >= 0).nonzero()[-1]) + 1 for row in labels]
+    assert all_rows == [labels.numel()] and some_rows == [sum(last)] and sum(last) < labels.numel()
+    none = fresh(config)(ids[:1], mask[:1], ids[:1], wanted[:0])  # a rank's dummy row
+    assert none.shape == (0, config.vocab_size)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_places_are_packed_and_unpacked(share):
+    torch.manual_seed(0)
+    taken = torch.rand(5, 7) < share
+    places, x = t5.Places(taken), torch.randn(*taken.shape, 3)
+    packed = places.pack(x)
+    assert torch.equal(packed, x[taken])
+    assert torch.equal(places.unpack(packed), x * taken[..., None])
+
+
 def test_decoding_stops_when_every_row_has_ended_and_reads_the_source_once():
     model = fresh(UNTIED, pad_token_id=7, eos_token_id=60)
     ids, mask, _ = batch()

@@ -1,5 +1,7 @@
 """Training as a user meets it: run folders, exact resume, signals, several processes, forks."""
 
+import copy
+import dataclasses
 import json
 import random
 import resource
@@ -27,7 +29,7 @@ from conftest import (
 
 import train
 from data import load_dataset
-from t5 import T5
+from t5 import T5, T5Config
 
 QUICK = "--steps 12 --batch-size 6 --micro-batch 4 --eval-every 4 --save-every 3".split()
 
@@ -382,3 +384,25 @@ def test_dropout_is_the_runs_whatever_the_config_says(small_task, tmp_path):
     model = train.build_model(config, train.prepare(config).tokenizer)
     rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
     assert rates == {0.25}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_give_the_same_losses():
+    config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=3,
+                      dropout_rate=0.0)  # fmt: skip
+    torch.manual_seed(0)
+    plain = T5(config).train()
+    c = train.Config(device="cpu", precision="fp32", parallel="none")
+    fast = copy.deepcopy(plain)
+    fast = train.parallelize(fast, dataclasses.replace(c, recompute=True, compile=True))
+    for rows, length in ((3, 7), (2, 5)):  # with padding, and other shapes
+        ids, labels = torch.randint(2, 50, (rows, length)), torch.randint(2, 50, (rows, 4))
+        ids[0, 4:], labels[0, 2:] = 0, -100
+        batch = dict(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels)
+        batch |= dict(tasks=torch.arange(rows) % 2, wanted=(labels.flatten() >= 0).nonzero()[:, 0])
+        losses = [train.forward_backward(m, batch, torch.ones(2), c, 1) for m in (plain, fast)]
+        torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+        for one, other in zip(plain.parameters(), fast.parameters()):
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert torch.equal(fast.generate(ids, ids.clamp(max=1)), plain.generate(ids, ids.clamp(max=1)))
