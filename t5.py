@@ -28,7 +28,6 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
 MAX_SHARD_BYTES = 5_000_000_000
@@ -536,18 +536,17 @@ class T5(nn.Module):
         """
         folder = Path(folder)
         config = read_config(folder)
-        with ExitStack() as files:
-            readers = open_checkpoint(folder, files)
-            head, shared = readers.get("lm_head.weight"), readers.get("shared.weight")
-            # transformers >= 5 writes tie_word_embeddings = true whatever is true: ask the tensors.
-            if config.tie_word_embeddings and head and shared:
-                config.tie_word_embeddings = same(head, shared)
-            with torch.device("meta"):
-                model = cls(config)
-            if prepare:
-                load_weights(model, readers, folder, prepare(model))
-            else:
-                load_weights(model.to_empty(device="cpu"), readers, folder)
+        readers = open_checkpoint(folder)
+        head, shared = readers.get("lm_head.weight"), readers.get("shared.weight")
+        # transformers >= 5 writes tie_word_embeddings = true whatever is true: ask the tensors.
+        if config.tie_word_embeddings and head and shared:
+            config.tie_word_embeddings = same(head, shared)
+        with torch.device("meta"), Uninitialised():
+            model = cls(config)
+        if prepare:
+            load_weights(model, readers, folder, prepare(model))
+        else:
+            load_weights(model.to_empty(device="cpu"), readers, folder)
         return model.eval()
 
     def save_pretrained(
@@ -665,6 +664,16 @@ def read_config(folder: Path) -> T5Config:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
+class Uninitialised(TorchFunctionMode):
+    """Modules are made without drawing their weights: on the meta device, where there is nothing
+    to fill, torch would import its compiler for that (0.7 s)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.init.normal_, nn.init.kaiming_uniform_):
+            return (*args, *kwargs.values())[0]
+        return function(*args, **(kwargs or {}))
+
+
 @dataclass
 class Stored:
     """A tensor in a file: read(first, end) gives these rows, and touches no others."""
@@ -694,9 +703,8 @@ def same(a: Stored, b: Stored, rows: int = 1024) -> bool:
     )
 
 
-def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Stored]:
-    """Hugging Face name -> what is stored, for every tensor in the folder's weight files, which
-    stay open (and memory-mapped) as long as `files`."""
+def open_checkpoint(folder: Path) -> dict[str, Stored]:
+    """Hugging Face name -> what is stored, for every tensor in the folder's weight files."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (folder / single).exists():
             shards = [single]
@@ -717,7 +725,7 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Stored]:
     readers: dict[str, Stored] = {}
     for shard in shards:
         try:
-            readers.update(read_file(folder / shard, files))
+            readers.update(read_file(folder / shard))
         except FileNotFoundError:
             raise ValueError(f"{folder / shard} is missing, though the index names it") from None
         except OldFormat:
@@ -731,15 +739,17 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Stored]:
     return readers
 
 
-def read_file(path: Path, files: ExitStack) -> Iterator[tuple[str, Stored]]:
+def read_file(path: Path) -> Iterator[tuple[str, Stored]]:
     """(name, what is stored) of each tensor in one weight file."""
     if path.suffix == ".safetensors":
-        handle = files.enter_context(safe_open(path, framework="pt"))
-        for name in handle.keys():
-            part = handle.get_slice(name)
-            shape = tuple(part.get_shape())
-            dtype = (part[:1] if shape else handle.get_tensor(name)).dtype
-            yield name, Stored(shape, dtype, lambda i, j, part=part: part[i:j])
+        # Opened anew for each tensor: what is mapped no longer does not count as used memory.
+        slice_of = lambda name: safe_open(path, framework="pt").get_slice(name)  # noqa: E731
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():
+                part = handle.get_slice(name)
+                shape = tuple(part.get_shape())
+                dtype = (part[:1] if shape else handle.get_tensor(name)).dtype
+                yield name, Stored(shape, dtype, lambda i, j, name=name: slice_of(name)[i:j])
         return
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # torch >= 1.6; only these can be memory-mapped

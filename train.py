@@ -1058,8 +1058,7 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module) -> dict:
         dist.barrier()  # all ranks have read it
     agreed(lambda: shutil.rmtree(kept, ignore_errors=True))
     if sharded and isinstance(model, T5):  # one copy of a large model, in parts
-        with contextlib.ExitStack() as files:
-            load_weights(model, open_checkpoint(out / "best", files), out / "best", own_rows)
+        load_weights(model, open_checkpoint(out / "best"), out / "best", own_rows)
         student = Student(
             model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision
         )
