@@ -261,7 +261,7 @@ def config_of(folder: Path, quick: bool, method: str = "step-by-step") -> train.
     real = REAL.is_dir()
     return train.resolve(train.Config(
         size="small", weights=str(folder), dataset="svamp" if real else "demo", method=method,
-        data_root=str(REAL), batch_size=8 if quick else 32, device="cpu",
+        data_root=str(REAL), batch_size=8 if quick else 16, device="cpu",
     ))  # fmt: skip
 
 
@@ -315,7 +315,7 @@ def step(quick: bool, folder: Path) -> dict:
 
 
 def epoch(quick: bool, folder: Path) -> dict:
-    """Steps of 32 examples, both tasks, with train.py's batching and with the released one: random
+    """Steps of 16 examples, both tasks, with train.py's batching and with the released one: random
     order, each task's rows padded to the longest."""
     c = config_of(make_weights(folder, quick), quick)
     made = train.prepare(c)
@@ -331,7 +331,7 @@ def epoch(quick: bool, folder: Path) -> dict:
     def our_step(step: int) -> None:
         train.train_step(models[OURS], optimizers[OURS], c, made, step, torch.device("cpu"), 0)
 
-    seconds = alternate({THEIRS: their_step, OURS: our_step}, 1 if quick else 5)
+    seconds = alternate({THEIRS: their_step, OURS: our_step}, 1 if quick else 3)
     theirs, ours = (c.batch_size / seconds[who] for who in (THEIRS, OURS))
     return {f"{c.dataset}, examples a second": [theirs, ours, ours / theirs]}
 
@@ -355,7 +355,7 @@ def decode(quick: bool, folder: Path) -> dict:
                                        seconds[THEIRS] / seconds[OURS]]}  # fmt: skip
 
     c = config_of(folder, quick, "standard")
-    c.lr, c.batch_size, c.steps = 1e-3, 16, 5 if quick else 150
+    c.lr, c.batch_size, c.steps = 1e-3, 8, 5 if quick else 50
     made = train.prepare(c)
     optimizer = adamw(OURS, models[OURS].train())
     for step in range(c.steps):
@@ -380,7 +380,7 @@ def decode(quick: bool, folder: Path) -> dict:
     def our_labels(_) -> None:
         texts[OURS] = evaluation.generate_texts(student, sources, evaluation.LABEL_TOKENS)
 
-    seconds = alternate({THEIRS: their_labels, OURS: our_labels}, 1 if quick else 5)
+    seconds = alternate({THEIRS: their_labels, OURS: our_labels}, 1 if quick else 3)
     lengths = [len(made.tokenizer.encode(text)) for text in texts[OURS]]
     same = sum(map(str.__eq__, texts[THEIRS], texts[OURS]))
     found |= {f"labels of {c.dataset} test, s": faster(seconds), "labels": len(sources),
