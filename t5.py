@@ -505,9 +505,10 @@ class T5(nn.Module):
         caches = [Cache(max_new_tokens) for _ in self.decoder.blocks]
         token = torch.full_like(row, c.decoder_start_token_id)
         ended = torch.zeros_like(row, dtype=torch.bool)
+        places = Places(~ended[:, None])  # one token a row
         tokens = input_ids.new_full((len(row), max_new_tokens), c.pad_token_id)
         for t in range(max_new_tokens):
-            now, places = bias[:, :, t : t + 1, : t + 1], Places(ended[:, None] | True)
+            now = bias[:, :, t : t + 1, : t + 1]
             x = self.decode(token[:, None], places, memory, sources, now, mask, caches=caches)
             token = self.logits(x).argmax(-1).masked_fill(ended, c.pad_token_id)
             tokens[row, t] = token
@@ -517,6 +518,7 @@ class T5(nn.Module):
             if left <= len(row) // 2:  # the others leave: each time the caches are copied
                 going = (~ended).nonzero()[:, 0]
                 row, token, ended, mask = (x[going] for x in (row, token, ended, mask))
+                places = Places(~ended[:, None])
                 for cache in caches:
                     cache.keep(going)
         return tokens

@@ -1139,7 +1139,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "does not fit a device")  # fmt: skip
     add("--recompute", action=argparse.BooleanOptionalAction, help="activations in the backward "
         "pass, to save memory; default for xl and xxl")  # fmt: skip
-    add("--compile", action="store_true", help="the model's blocks, for GPUs; takes minutes once")
+    add("--compile", action=argparse.BooleanOptionalAction, help="the model's blocks, for GPUs; "
+        "takes minutes once")  # fmt: skip
     add("--timeout", type=float, help="seconds that processes wait for each other; default 1800")
     add("--plan", action="store_true", help="print memory, steps and time; train nothing")
     add("--gpus", type=int, help="with --plan; default 1")
