@@ -718,16 +718,13 @@ def micro_batches(
 
 def collate(rows: TokenRows, indices: np.ndarray) -> dict[str, np.ndarray]:
     """input_ids (B, S) padded with 0, attention_mask (B, S), labels (B, T) padded with -100, tasks
-    (B,), and wanted (M,), the places of the M targets in the flattened labels; all int64. No
-    indices give a dummy row of weight 0, for a rank that must keep step."""
+    (B,), all int64. No indices give a dummy row of weight 0, for a rank that must keep step."""
     sources = [rows.source(i) for i in indices] or [np.array([Tokenizer.eos_id])]
     targets = [rows.target(i) for i in indices] or [np.array([-100])]
-    labels = pad(targets, -100)
     return {
         "input_ids": pad(sources, Tokenizer.pad_id),
         "attention_mask": pad([np.ones_like(source) for source in sources], 0),
-        "labels": labels,
-        "wanted": np.flatnonzero(labels >= 0),
+        "labels": pad(targets, -100),
         "tasks": rows.tasks[indices].astype(np.int64) if len(indices) else np.zeros(1, np.int64),
     }
 

@@ -817,7 +817,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def to_tensors(batch: dict, device: torch.device) -> dict[str, Tensor]:
-    """`collate`'s arrays on the device."""
+    """`collate`'s arrays on the device, and wanted (M,): the places of the targets in the flattened
+    labels, found here because a GPU would have to be waited for."""
+    batch = {**batch, "wanted": np.flatnonzero(batch["labels"] >= 0)}
     return {key: torch.from_numpy(array).to(device) for key, array in batch.items()}
 
 
