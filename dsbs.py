@@ -125,7 +125,8 @@ def multitask_loss(
     token_losses = F.cross_entropy(
         logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="none"
     )
-    row_losses = token_losses.view(len(tasks), -1).sum(1)  # l(f(x), .) of Eq. 1 and 4, summed
+    rows = token_losses.view(*labels.shape, 1).flatten(1)  # (B, T), or (M, 1), where M may be 0
+    row_losses = rows.sum(1)  # l(f(x), .) of Eq. 1 and 4, summed
     zero = row_losses.new_zeros(())
     counts = counts.clamp(min=1)  # a step without a row of some task
     label = torch.where(tasks == 0, row_losses, zero).sum() / counts[0]  # Eq. 1 (2, 5: other rows)

@@ -206,3 +206,15 @@ def test_batches_to_decode_are_cut_by_tokens():
     texts = [str(n) for n in (3, 1000, 7, 1024, 2000, *range(1, 70))]
     assert evaluation.generate_texts(student, texts, 4) == texts
     assert all(rows * length <= evaluation.MAX_TOKENS and rows <= 64 for rows, length in seen)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_rank_without_any_row_keeps_step(small_task, tmp_path, mode):
+    words = ["--dataset", small_task, "--method", "standard", "--steps", "2", "--eval-every", "2",
+             "--batch-size", "1", "--dropout", "0", "--lr", "5e-5"]  # fmt: skip
+    run("train.py", *words, "--out", tmp_path / "one")
+    run("train.py", *words, "--parallel", mode, "--out", tmp_path / "two", processes=2)
+    one, two = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["label_loss"] - b["label_loss"]) < 1e-5
+        assert abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4

@@ -187,3 +187,6 @@ def test_a_missing_task_is_zero_not_nan(model):
     empty = multitask_loss(logits, labels * 0 - 100, tasks, torch.tensor([5, 5]))
     empty.total.backward()
     assert empty.total.item() == 0 and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    none = logits[:0, 0]  # targets alone, and there are none: (0, V), a rank's dummy row
+    empty = multitask_loss(none, labels[:0, 0], tasks[:0], torch.tensor([5, 5]))
+    assert empty.total.item() == 0 and empty.total.requires_grad
