@@ -265,6 +265,13 @@ def config_of(folder: Path, quick: bool, method: str = "step-by-step") -> train.
     ))  # fmt: skip
 
 
+def by_task(c: train.Config, rows, step: int) -> list[dict]:
+    """A step's examples as the released recipe batches them: a padded batch for each task."""
+    mine = rows.rows_of(data.step_examples(rows.n_examples, c.batch_size, c.seed, step))
+    tasks = [mine[rows.tasks[mine] == task] for task in (0, 1)]
+    return [tensors(rows, some) for some in tasks if len(some)]
+
+
 def optimizer_step(who: str, model, optimizer, batches: list[dict]) -> None:
     """Theirs is the released recipe: a padded forward pass for each task, unfused AdamW."""
     if who == OURS:
@@ -323,10 +330,7 @@ def epoch(quick: bool, folder: Path) -> dict:
     optimizers = {who: adamw(who, model) for who, model in models.items()}
 
     def their_step(step: int) -> None:
-        mine = made.rows.rows_of(data.step_examples(made.rows.n_examples, c.batch_size, 0, step))
-        tasks = [mine[made.rows.tasks[mine] == task] for task in (0, 1)]
-        batches = [tensors(made.rows, rows) for rows in tasks if len(rows)]
-        optimizer_step(THEIRS, models[THEIRS], optimizers[THEIRS], batches)
+        optimizer_step(THEIRS, models[THEIRS], optimizers[THEIRS], by_task(c, made.rows, step))
 
     def our_step(step: int) -> None:
         train.train_step(models[OURS], optimizers[OURS], c, made, step, torch.device("cpu"), 0)
@@ -466,9 +470,7 @@ def child_first_step(folder: str) -> dict:
     c = config_of(Path(folder), True)
     made = train.prepare(c)
     model = load(THEIRS, Path(folder)).train()
-    mine = made.rows.rows_of(data.step_examples(made.rows.n_examples, c.batch_size, 0, 0))
-    tasks = [mine[made.rows.tasks[mine] == task] for task in (0, 1)]
-    optimizer_step(THEIRS, model, adamw(THEIRS, model), [tensors(made.rows, t) for t in tasks])
+    optimizer_step(THEIRS, model, adamw(THEIRS, model), by_task(c, made.rows, 0))
     return {}
 
 
@@ -581,9 +583,9 @@ def growth(quick: bool, folder: Path) -> dict:
     for kind, lines in measured.items():
         first = lines[0][1]
         for value, line in lines:
-            found[f"{kind} {value}: s, GiB"] = [line["seconds"], line["gib"]]
-            found[f"{kind} {value}: time, arithmetic grew"] = [
-                line["seconds"] / first["seconds"], line["flops"] / first["flops"]]  # fmt: skip
+            found |= {f"{kind} {value}: s": line["seconds"], f"{kind} {value}: GiB": line["gib"],
+                      f"{kind} {value}: time grew": line["seconds"] / first["seconds"],
+                      f"{kind} {value}: arithmetic": line["flops"] / first["flops"]}  # fmt: skip
     return found
 
 
