@@ -661,3 +661,21 @@ def test_a_save_that_fails_leaves_the_old_weights(tmp_path, monkeypatch, limit):
         fresh(TIED).save_pretrained(tmp_path)
     again = T5.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in old.state_dict().items())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9999999])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (1000, 257)])
+def test_dropout_drops_its_share_and_keeps_the_mean(p, shape):
+    """Of 257,000 numbers the share dropped is within five standard deviations of p."""
+    torch.manual_seed(0)
+    x, layer = torch.ones(shape, dtype=torch.bfloat16).requires_grad_(), t5.Dropout(p)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape and y.dtype == x.dtype and torch.equal(x.grad, y)
+    kept = (y != 0).float().mean().item()
+    if x.numel() > 1000 and p < 0.9:
+        assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5
+        assert y[y != 0].unique().tolist() == pytest.approx([1 / (1 - p)], rel=0.01)
+        halves = (y != 0).float().flatten()[: x.numel() // 4 * 4].view(-1, 4)
+        assert (torch.corrcoef(halves.T) - torch.eye(4)).abs().max() < 0.02  # of one draw
+    assert layer.eval()(x) is x
