@@ -1,17 +1,16 @@
 """The paper's figures and tables, one command each:
 `python scripts/reproduce.py table2 --dataset svamp --size base`.
 
-This file owns the grids of Section 4 (which runs make a figure or a table), starting those runs
-that are not there yet, and what is written of them in `results/NAME/`. A run is a `train.py`
-process; how it works inside is not known here, and nothing is deleted.
+This file owns the grids of Section 4 (which runs make a figure or a table) and starting those runs
+that are not there yet. A run is a `train.py` process; how it works inside is not known here, and
+nothing is deleted. What comes out is written by `tables.py`.
 
 name -> points (a setting each) x seeds -> runs, recognised by configuration and contents of the
-data -> processes -> rows of results.csv -> table.md, figure.png, report.md.
+data -> processes -> rows of results.csv -> results/NAME/.
 """
 
 import argparse
 import contextlib
-import csv
 import fcntl
 import functools
 import json
@@ -28,7 +27,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 import numpy as np
 import torch
@@ -39,13 +38,21 @@ sys.path.insert(0, str(HERE))
 import t5  # noqa: E402
 import train  # noqa: E402
 from data import TASKS, Tokenizer, UserError, is_correct, load_dataset  # noqa: E402
-from eval import rationale_source, write_jsonl  # noqa: E402
+from eval import rationale_source  # noqa: E402
+from scripts.tables import (  # noqa: E402
+    BOTH,
+    INPUTS,
+    NAMES,
+    RESULTS,
+    TITLES,
+    Point,
+    gather,
+    write_results,
+    write_text,
+)
 
-RESULTS, INPUTS = Path("results"), Path("results/inputs")
 DEMO = Path(os.path.relpath(HERE / "demo"))
 BENCHMARKS = ["esnli", "anli1", "cqa", "svamp"]
-BOTH = ("standard", "step-by-step")
-NAMES = [f"figure{i}" for i in range(4, 10)] + ["table1", "table2", "noise"]
 
 # The paper's fractions are only in its pictures. 12.5 % and 0.1 % of e-SNLI are in its text.
 FRACTIONS = {"esnli": (0.001, 0.01, 0.125, 0.25, 0.5, 0.75, 1.0)}
@@ -60,57 +67,8 @@ ASDIV = "teacher/asdiv.train.jsonl"
 TEACHERS = {"demo": ("own", str(DEMO / "weak.jsonl"))}
 PAPER_TEACHERS = ("palm", "neox")
 
-# What the paper prints: Tables 1 and 2, T5 of 220M, human labels; and Section 4's sentences.
-PRINTED = {
-    "esnli": {"standard": 88.38, "single-task": 88.88, "palm": 89.51, "neox": 89.12},
-    "anli1": {"standard": 43.58, "single-task": 43.50, "palm": 49.58, "neox": 48.15},
-    "cqa": {"standard": 62.19, "single-task": 61.37, "palm": 63.29, "neox": 63.25},
-    "svamp": {"standard": 62.63, "single-task": 63.00, "palm": 65.50, "neox": 63.00},
-}
-CLAIMS = {
-    "figure4": "12.5 % of e-SNLI suffice to pass standard fine-tuning on all of it; on ANLI, CQA "
-    "and SVAMP 75, 25 and 20 % fewer examples do.",
-    "figure5": "12.5 % of the unlabelled e-SNLI examples suffice to pass task distillation on all.",
-    "figure6": "Few-shot CoT of PaLM 540B is passed at 220M on e-SNLI, 770M on ANLI and SVAMP, 11B "
-    "on CQA, also where PaLM has PINTO tuning.",
-    "figure7": "Few-shot CoT is passed at 11B or below on three of four, on SVAMP reached with "
-    "ASDiv.",
-    "figure8": "Few-shot CoT is passed with 0.1 % of e-SNLI at 220M and 80 % of ANLI at 770M.",
-    "figure9": "Few-shot CoT is passed on ANLI with 50 % of the unlabelled examples at 11B.",
-    "table1": "A teacher of 20B lifts the student too, less than one of 540B.",
-    "table2": "One task instead of two lifts less, and at times lowers.",
-}
-TITLES = {
-    "figure4": "human labels, fewer examples", "figure5": "teacher's labels, fewer examples",
-    "figure6": "human labels, deployed size", "figure7": "teacher's labels, deployed size",
-    "figure8": "human labels, least data and size",
-    "figure9": "teacher's labels, least data and size",
-    "table1": "teachers", "table2": "one task or two", "noise": "what the rationales say",
-}  # fmt: skip
-
 
 # ----------------------------------------------------------------------------------- the grids
-
-
-@dataclass(frozen=True)
-class Point:
-    """A mark in a figure or an entry of a table: a setting that is run with several seeds."""
-
-    dataset: str
-    size: str
-    method: str
-    labels: str = "human"
-    rationales: str = ""  # whose: palm, neox, own (the folder's lines), files; "" where unused
-    shuffled: bool = False  # each example has another one's rationale
-    fraction: float = 1.0
-    pool: float = 0.0  # the share of the unlabelled examples that is added
-
-    def __str__(self) -> str:
-        said = [self.dataset, self.size, self.method, f"{self.labels} labels"]
-        if self.rationales:
-            said.append(f"{'shuffled ' * self.shuffled}rationales {self.rationales}")
-        said.append(f"{100 * self.fraction:g} %")
-        return ", ".join(said + [f"pool {100 * self.pool:g} %"] * (self.pool > 0))
 
 
 @dataclass
@@ -184,47 +142,43 @@ class Run:
         return self.out is not None and (self.out / "run.json").exists() and not self.finished
 
 
-def make_inputs(p: Point, seed: int, root: str) -> dict:
-    """Those flags of `train.py` that name what this grid needs and had to write first: untrained
-    weights in the bundled task's shapes, training sets with the pool, shuffled rationales."""
-    flags = {}
-    if p.size in SHAPES:
-        folder = INPUTS / f"{p.size}-seed-{seed}"
-        flags["weights"] = str(folder)
-        if not folder.exists():
-            beside = folder.with_name(folder.name + ".new")
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            torch.manual_seed(seed)
-            vocabulary = train.DEMO_VOCABULARY
-            shape = asdict(train.untrained_config("tiny", Tokenizer(vocabulary)))
-            t5.T5(t5.T5Config(**{**shape, **SHAPES[p.size]})).save_pretrained(beside)
-            shutil.copyfile(vocabulary, beside / "spiece.model")
-            os.replace(beside, folder)
-    if p.pool and p.dataset == "demo":
-        folder = INPUTS / f"demo-pool-{p.pool:g}"
-        folder.mkdir(parents=True, exist_ok=True)
-        own = (DEMO / "train.jsonl").read_text().splitlines()
-        more = (DEMO / "pool.jsonl").read_text().splitlines()
-        order = np.random.default_rng(0).permutation(len(more))[: round(p.pool * len(more))]
-        lines = own + [more[i] for i in np.sort(order)]
-        write_jsonl(folder / "train.jsonl", [json.loads(line) for line in lines])
-        for other in ("valid.jsonl", "test.jsonl", "task.json"):
-            shutil.copyfile(DEMO / other, folder / other)
-        flags["dataset"] = str(folder)
-    if p.shuffled:
-        path = INPUTS / f"{Path(p.dataset).name}-{Path(p.rationales).name}-shuffled.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        examples = load_dataset(p.dataset, "train", root, joined(p.rationales, p.dataset))
-        with_rationale = [e for e in examples if e.rationale]
-        order = np.random.default_rng(0).permutation(len(with_rationale))
-        others = {order[i]: with_rationale[order[i - 1]] for i in range(len(order))}  # one cycle
-        write_jsonl(path, [
-            {"id": e.id, "rationale": others[i].rationale, "teacher_label": e.teacher_label}
-            for i, e in enumerate(with_rationale)
-        ])  # fmt: skip
-        flags["rationales"] = [str(path)]
-    return flags
+def untrained(size: str, seed: int) -> Path:
+    """Weights of one of SHAPES, drawn from the seed, with the bundled vocabulary."""
+    folder = INPUTS / f"{size}-seed-{seed}"
+    if not folder.exists():
+        beside = folder.with_name(folder.name + ".new")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        tiny = train.untrained_config("tiny", Tokenizer(train.DEMO_VOCABULARY))
+        torch.manual_seed(seed)
+        t5.T5(replace(tiny, **SHAPES[size])).save_pretrained(beside)
+        shutil.copyfile(train.DEMO_VOCABULARY, beside / "spiece.model")
+        os.replace(beside, folder)
+    return folder
+
+
+def with_pool(share: float) -> Path:
+    """The bundled task with that share of its unlabelled examples in the training set."""
+    folder = INPUTS / f"demo-pool-{share:g}"
+    own, more = ((DEMO / name).read_text().splitlines() for name in ("train.jsonl", "pool.jsonl"))
+    order = np.random.default_rng(0).permutation(len(more))[: round(share * len(more))]
+    write_text(folder / "train.jsonl", "\n".join(own + [more[i] for i in np.sort(order)]) + "\n")
+    for other in ("valid.jsonl", "test.jsonl", "task.json"):
+        write_text(folder / other, (DEMO / other).read_text())
+    return folder
+
+
+def shuffled(dataset: str, rationales: str, root: str) -> Path:
+    """A teacher's file in which each training example has another one's rationale."""
+    path = INPUTS / f"{Path(dataset).name}-{Path(rationales).name}-shuffled.jsonl"
+    examples = load_dataset(dataset, "train", root, joined(rationales, dataset))
+    examples = [e for e in examples if e.rationale]
+    order = np.random.default_rng(0).permutation(len(examples))
+    other = {order[i]: examples[order[i - 1]].rationale for i in range(len(order))}  # one cycle
+    rows = [{"id": e.id, "rationale": other[i], "teacher_label": e.teacher_label}
+            for i, e in enumerate(examples)]  # fmt: skip
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def joined(rationales: str, dataset: str) -> str | list[str] | None:
@@ -239,12 +193,18 @@ def configure(p: Point, seed: int, given: dict) -> train.Config:
     root = given.get("data_root", train.Config.data_root)
     flags = dict(size="tiny" if p.size in SHAPES else p.size, dataset=p.dataset, method=p.method,
                  labels=p.labels, fraction=p.fraction, seed=seed)  # fmt: skip
-    if p.rationales not in ("", "own"):
+    if p.size in SHAPES:
+        flags["weights"] = str(untrained(p.size, seed))
+    if p.shuffled:
+        flags["rationales"] = [str(shuffled(p.dataset, p.rationales, root))]
+    elif p.rationales not in ("", "own"):
         flags["rationales"] = p.rationales.split()
-    if p.pool and p.dataset != "demo":
+    if p.pool and p.dataset == "demo":
+        flags["dataset"] = str(with_pool(p.pool))
+    elif p.pool:
         flags |= dict(augment="asdiv", augment_fraction=p.pool)
         flags["rationales"] = [*flags["rationales"], ASDIV]
-    config = train.resolve(train.Config(**{**flags, **make_inputs(p, seed, root), **given}))
+    config = train.resolve(train.Config(**{**flags, **given}))
     train.check_files(config)
     return config
 
@@ -546,356 +506,6 @@ def teacher_row(s: Scale, root: str, parameters: float) -> dict | None:
         **asdict(Point(s.dataset, "teacher", "few-shot-cot", "none", s.teachers[0])),
         "parameters": parameters, "examples": 0, "test_accuracy": got[0], "n_test": got[1],
     }  # fmt: skip
-
-
-@dataclass
-class Entry:
-    """A point with what its seeds gave, in their order."""
-
-    point: Point
-    scores: dict[str, float]  # by seed
-    rows: list[dict]
-
-    @property
-    def mean(self) -> float:
-        return mean(self.scores.values())
-
-    @property
-    def error(self) -> float | None:
-        """The mean's standard error; None for a single seed."""
-        n = len(self.scores)
-        return stdev(self.scores.values()) / n**0.5 if n > 1 else None
-
-    @property
-    def parameters(self) -> float:
-        return float(self.rows[0]["parameters"])
-
-    def __sub__(self, other: "Entry") -> str:
-        """The difference of the means, with its standard error, paired by seed."""
-        pairs = [self.scores[s] - other.scores[s] for s in self.scores if s in other.scores]
-        if len(pairs) < 2:
-            return f"{self.mean - other.mean:+.3f}"
-        return f"{mean(pairs):+.3f} (standard error {stdev(pairs) / len(pairs) ** 0.5:.3f})"
-
-
-def entries(rows: Iterable[dict]) -> list[Entry]:
-    """Rows, as csv gives them, by point."""
-    kinds = {f: type(v) for f, v in asdict(Point("", "", "")).items()}
-    read = {str: str, bool: lambda v: str(v) == "True", float: float}
-    points = defaultdict(list)
-    for row in rows:
-        points[Point(**{f: read[kind](row[f]) for f, kind in kinds.items()})].append(row)
-    return [
-        Entry(p, {r.get("seed", ""): float(r["test_accuracy"]) for r in found}, found)
-        for p, found in points.items()
-    ]
-
-
-def find(all_of: list[Entry], **wanted) -> list[Entry]:
-    return [e for e in all_of if all(getattr(e.point, k) == v for k, v in wanted.items())]
-
-
-def printed(name: str, p: Point) -> str:
-    """The paper's number for a point of Tables 1 and 2, which is of T5 base (220M)."""
-    if name not in ("table1", "table2") or p.dataset not in PRINTED:
-        return ""
-    key = p.rationales if p.method == "step-by-step" else p.method
-    number = PRINTED[p.dataset].get(key)
-    return f"{number:.2f} %" if number else ""
-
-
-def table(name: str, all_of: list[Entry]) -> str:
-    """All entries; a column that would say the same on each line is left out."""
-    heads = ["data set", "size", "parameters", "method", "labels", "rationales", "examples",
-             "steps", "seeds", "test accuracy", "standard error", "training tokens",
-             "paper's (T5 220M)"]  # fmt: skip
-    lines = []
-    for e in all_of:
-        p, first = e.point, e.rows[0]
-        whose = ("another example's, " if p.shuffled else "") + (p.rationales or "none")
-        share = f"{100 * p.fraction:g} % ({int(first['examples']):,})"
-        if p.pool:
-            share += f", with {100 * p.pool:g} % of the unlabelled"
-        trained = bool(first.get("run"))
-        tokens = [float(r["tokens"]) for r in e.rows] if trained else []
-        lines.append([
-            p.dataset, p.size, f"{e.parameters:.3g}" if e.parameters >= 1e9
-            else f"{int(e.parameters):,}", p.method, p.labels, whose, share if trained else "none",
-            str(first.get("steps", "")), str(len(e.rows)) if trained else "", f"{e.mean:.3f}",
-            "" if e.error is None else f"{e.error:.3f}", f"{mean(tokens):,.0f}" if tokens else "",
-            printed(name, p),
-        ])  # fmt: skip
-    shown = [i for i, head in enumerate(heads) if head == "test accuracy"
-             or len({line[i] for line in lines}) > 1]  # fmt: skip
-    same = [f"{heads[i]} {lines[0][i]}" for i in range(len(heads))
-            if i not in shown and lines[0][i]]  # fmt: skip
-    text = [" | ".join(cells[i] for i in shown) for cells in [heads, ["---"] * len(heads), *lines]]
-    common = f"\n\nAll: {', '.join(same)}." if same else ""
-    return "\n".join(f"| {line} |" for line in text) + common
-
-
-def words(name: str, all_of: list[Entry]) -> list[str]:
-    """What the numbers of one data set say, in plain sentences."""
-    said = []
-    few = find(all_of, method="few-shot-cot")
-    labels = "human" if name in ("figure4", "figure6", "figure8") else "teacher"
-    full = find(all_of, fraction=1.0, pool=0.0)
-
-    def one(method: str, **more) -> Entry | None:
-        return next(iter(find(full, method=method, shuffled=False, **more)), None)
-
-    if name in ("figure4", "figure5"):
-        plain, ours = find(all_of, method="standard"), find(all_of, method="step-by-step")
-        for a, b in zip(plain, ours):
-            said.append(f"at {100 * a.point.fraction:g} % step-by-step is {b - a} from standard")
-        best = one("standard")
-        passing = [e.point.fraction for e in ours if best and e.mean > best.mean]
-        if best and passing:
-            said.append(f"step-by-step passes standard on all data ({best.mean:.3f}) with "
-                        f"{100 * min(passing):g} % of the examples")  # fmt: skip
-        elif best:
-            said.append(f"at no fraction does step-by-step pass standard on all data "
-                        f"({best.mean:.3f})")  # fmt: skip
-    if name in ("figure6", "figure7"):
-        for a in find(full, method="standard"):
-            if b := one("step-by-step", size=a.point.size):
-                said.append(f"at {a.point.size} step-by-step is {b - a} from standard")
-        for a, b in zip(find(all_of, method="standard", pool=1.0),
-                        find(all_of, method="step-by-step", pool=1.0)):  # fmt: skip
-            said.append(f"with the unlabelled examples at {a.point.size}: standard {a.mean:.3f}, "
-                        f"step-by-step {b.mean:.3f}, {b - a}")  # fmt: skip
-    if name in ("figure6", "figure7", "figure8", "figure9") and few:
-        teacher, bar = few[0].mean, f"the teacher's few-shot CoT ({few[0].mean:.3f})"
-        for method in BOTH:
-            passing = [e for e in find(all_of, method=method, labels=labels) if e.mean > teacher]
-            passing.sort(key=lambda e: (e.parameters, e.point.fraction, e.point.pool))
-            if not passing:
-                said.append(f"no {method} student passes {bar}")
-                continue
-            p = passing[0].point
-            said.append(f"{method} passes {bar} at {p.size} with {100 * p.fraction:g} % of the "
-                        "examples"
-                        + f" and {100 * p.pool:g} % of the unlabelled" * (p.pool > 0))  # fmt: skip
-        for pinto in find(all_of, method="rationale-input"):
-            ours = find(all_of, method="step-by-step")
-            passing = [e.point.size for e in ours if e.mean > pinto.mean] or ["no size"]
-            said.append(f"PINTO tuning, for which the teacher is deployed too, reaches "
-                        f"{pinto.mean:.3f}; step-by-step passes it at {passing[0]}")  # fmt: skip
-    elif name in ("figure6", "figure7", "figure8", "figure9"):
-        said.append("the teacher's answers to the test split are not there, so no few-shot CoT")
-    if name in ("table1", "table2", "noise"):
-        plain = one("standard")
-        for e in all_of:
-            if plain and e is not plain and e.point.method in train.METHODS:
-                whose = ("another example's " if e.point.shuffled else "") + "rationales"
-                said.append(f"{e.point.method}, {whose} of {e.point.rationales}: {e - plain} "
-                            "from labels alone")  # fmt: skip
-    if name == "noise" and len(all_of) == 3:
-        plain, wrong, right = all_of
-        said.append(f"right rationales are {right - wrong} from another example's")
-        tokens = [mean(float(r["tokens"]) for r in e.rows) for e in (plain, right)]
-        said.append(f"they cost {tokens[1] / tokens[0]:.1f} times the tokens of labels alone")
-    return said
-
-
-def draw(axes, name: str, all_of: list[Entry], title: str) -> None:
-    """One panel: accuracy against examples, deployed size, fraction, or a bar for each entry."""
-    axes.set_title(title, fontsize=9)
-    axes.set_ylabel("test accuracy", fontsize=8)
-    axes.tick_params(labelsize=7)
-    colours = {"standard": "tab:blue", "step-by-step": "tab:orange", "few-shot-cot": "tab:green",
-               "rationale-input": "tab:purple", "single-task": "tab:gray"}  # fmt: skip
-    few = find(all_of, method="few-shot-cot")
-    if name in ("table1", "table2", "noise"):
-        for i, e in enumerate(all_of):
-            label = e.point.method + ("\nshuffled" if e.point.shuffled else "")
-            if name == "table1" and e.point.rationales:
-                label += f"\n{Path(e.point.rationales).stem}"
-            axes.bar(i, e.mean, yerr=e.error or 0, capsize=3, color=colours[e.point.method])
-            axes.text(i, 0.02, label, ha="center", va="bottom", fontsize=7, color="white",
-                      transform=axes.get_xaxis_transform())  # fmt: skip
-        axes.set_xticks([])
-        low = min(e.mean for e in all_of)
-        axes.set_ylim(max(0, low - 0.15))
-        return
-    by_size, search = name in ("figure6", "figure7"), name in ("figure8", "figure9")
-    pooled = search and any(0 < e.point.pool < 1 for e in all_of)
-    for method in BOTH:
-        found = [e for e in find(all_of, method=method) if not (by_size and e.point.pool)]
-        if by_size:
-            found.sort(key=lambda e: e.parameters)
-            x = [e.parameters for e in found]
-            more = [e for e in find(all_of, method=method) if e.point.pool]
-            axes.errorbar([e.parameters for e in more], [e.mean for e in more],
-                          [e.error or 0 for e in more], fmt="^", color=colours[method], capsize=3,
-                          label=f"{method}, and unlabelled" if more else None)  # fmt: skip
-        else:
-            found.sort(key=lambda e: (e.point.size, e.point.fraction, e.point.pool))
-            share = lambda e: e.point.pool if pooled else e.point.fraction  # noqa: E731
-            x = [100 * share(e) if search else float(e.rows[0]["examples"]) for e in found]
-        style = dict(color=colours[method], label=method, capsize=3, markersize=4)
-        y, error = [e.mean for e in found], [e.error or 0 for e in found]
-        axes.errorbar(x, y, error, fmt="o" if search else "o-", **style)
-        if search:
-            sizes = sorted({e.parameters for e in found})
-            area = [30 * (1 + sizes.index(e.parameters)) ** 2 for e in found]
-            axes.scatter(x, y, area, color=colours[method], alpha=0.25)
-    if name in ("figure4", "figure5"):
-        for e in find(all_of, method="standard", fraction=1.0):
-            axes.axhline(e.mean, color=colours["standard"], linestyle=":", linewidth=1)
-        axes.set_xlabel("training examples", fontsize=8)
-    elif by_size:
-        for e in few:
-            axes.plot(e.parameters, e.mean, "*", color=colours["few-shot-cot"], markersize=10)
-            for pinto in find(all_of, method="rationale-input"):  # the teacher is deployed with it
-                axes.errorbar(e.parameters, pinto.mean, pinto.error or 0, fmt="s", capsize=3,
-                              color=colours["rationale-input"], label="PINTO tuning")  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xlabel("deployed parameters", fontsize=8)
-    else:
-        axes.set_xlabel(f"% of the {'unlabelled' if pooled else 'training'} examples; area: size",
-                        fontsize=8)  # fmt: skip
-    for e in few:
-        axes.axhline(e.mean, color=colours["few-shot-cot"], linestyle="--", linewidth=1,
-                     label="few-shot CoT")  # fmt: skip
-    axes.legend(fontsize=6)
-
-
-def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
-    """Writes the panels, three a row; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    drawing, axes = pyplot.subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines),
-                                    squeeze=False, layout="constrained")  # fmt: skip
-    for place, panel in zip(axes.flat, panels):
-        draw(place, *panel)
-    for place in axes.flat[len(panels) :]:
-        place.set_visible(False)
-    drawing.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(drawing)
-    return True
-
-
-# --------------------------------------------------------------------------------------- output
-
-
-def write_text(path: Path, text: str) -> None:
-    """Beside, and renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def read_csv(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", newline="") as file:
-        writer = csv.DictWriter(file, heads)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(beside, path)
-
-
-def provenance(rows: list[dict]) -> list[str]:
-    """Versions, seeds, and what was read, of trained rows."""
-    trained = [row for row in rows if row.get("run")]
-    files: dict[str, str] = {}
-    for row in trained:
-        with contextlib.suppress(OSError, ValueError):
-            files |= json.loads(Path(row["run"], "run.json").read_text())["data_sha256"]
-    several = lambda key: ", ".join(sorted({str(row[key]) for row in trained}))  # noqa: E731
-    weights = sorted({re.sub(r"-seed-\d+$", "", row["weights"]) for row in trained})
-    return [
-        f"- {len(trained)} runs, seeds {several('seed')}; torch {several('torch')}; commit "
-        f"{several('git_sha')}; {sum(float(row['seconds']) for row in trained) / 3600:.1f} hours "
-        "of runs in all",
-        f"- started from: {', '.join(weights)}"
-        + (" (random and `results/inputs/*`: untrained)" if untrained(trained) else ""),
-        "- sha256 of the data, first 12 digits: "
-        + ", ".join(f"{path} {str(digest)[:12]}" for path, digest in sorted(files.items())),
-    ]
-
-
-def untrained(rows: list[dict]) -> bool:
-    return any(row.get("weights", "").startswith((str(INPUTS), "random")) for row in rows)
-
-
-def write_results(
-    name: str, grids: dict[tuple[str, str], list[Point]], rows: list[dict], not_run: list[str]
-) -> Path:
-    """results.csv, table.md, figure.png and report.md; rows of other data sets that an earlier
-    command left in results.csv are kept, and told with these."""
-    folder = RESULTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    now = {data for _, data in grids}
-    earlier = [row for row in read_csv(folder / "results.csv") if row["dataset"] not in now]
-    rows = earlier + rows
-    write_csv(folder / "results.csv", rows)
-    rows = read_csv(folder / "results.csv")
-    part = next(iter(grids))[0]
-    for data in dict.fromkeys(row["dataset"] for row in earlier):
-        grids[part, data] = [e.point for e in entries(rows) if e.point.dataset == data]
-
-    panels, tables, sections = [], [], []
-    for (part, data), points in sorted(grids.items(), key=lambda item: NAMES.index(item[0][0])):
-        found = {e.point: e for e in entries(rows)}
-        chosen = [found[p] for p in points if p in found]
-        if part in ("figure6", "figure7", "figure8", "figure9"):
-            chosen += [e for e in found.values()
-                       if e.point.method == "few-shot-cot" and e.point.dataset == data
-                       and e.point not in points]  # fmt: skip
-        if not any(e.rows[0].get("run") for e in chosen):
-            continue
-        title = f"{part}, {data}: {TITLES[part]}"
-        panels.append((part, chosen, title))
-        tables.append(f"## {title}\n\n{table(part, chosen)}\n")
-        said = "\n".join(f"- {line}." for line in words(part, chosen))
-        claim = f"\n\nThe paper: {CLAIMS[part]}" if part in CLAIMS else ""
-        sections.append(f"## {title}\n\n{table(part, chosen)}\n\n{said}{claim}\n")
-    if not panels:  # nothing has finished
-        return folder
-    write_text(folder / "table.md", "\n".join(tables))
-    drawn = figure(folder / "figure.png", panels)
-    again = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
-    notes = not_run or ["nothing that this command asks for"]
-    write_text(folder / "report.md", "\n".join([
-        f"# {name}", "", f"`{again}`, {time.strftime('%Y-%m-%d')}", "",
-        *(["![accuracies](figure.png)", ""] if drawn else []),
-        "Accuracy is on test, once, by the student that was best on valid; means over seeds with "
-        "their standard error; differences are paired by seed. Numbers called the paper's are "
-        "copied from it (T5 pretrained, PaLM 540B) and were not measured here.", "",
-        *provenance(rows), "", *sections, "## What was not run", "",
-        *(f"- {line}" for line in notes), "",
-    ]))  # fmt: skip
-    return folder
-
-
-def gather() -> int:
-    """All reports on one page, `results/report.md`."""
-    reports = sorted(RESULTS.glob("*/report.md"))
-    if not reports:
-        raise UserError(f"no {RESULTS}/*/report.md yet; run a figure or table first")
-    page = ["# Reproduction of Distilling Step-by-Step (Hsieh et al., 2023)\n"]
-    for path in reports:
-        text = re.sub(r"^#", "##", path.read_text(), flags=re.MULTILINE)
-        page.append(text.replace("](figure.png)", f"]({path.parent.name}/figure.png)"))
-    write_text(RESULTS / "report.md", "\n".join(page))
-    print(f"{len(reports)} reports in {RESULTS / 'report.md'}")
-    return 0
 
 
 # --------------------------------------------------------------------------------- command line

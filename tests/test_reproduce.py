@@ -58,16 +58,29 @@ COUNTS = {
 }
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """The command in this process, from an empty folder: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        status = reproduce.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return call
+
+
 @pytest.mark.parametrize("name", ["figure7", "table1"])
-def test_the_papers_grids_without_its_files(name, tmp_path):
+def test_the_papers_grids_without_its_files(name, here):
     """A plan with the right number of runs, and all that is missing at once, with remedies."""
-    done = run(SCRIPT, name, "--dry-run", cwd=tmp_path)
-    assert f"\n{COUNTS[name]} runs, 0 finished, 0 begun; {COUNTS[name]} to run" in done.stdout
-    assert "hf download google/t5-v1_1-base" in done.stderr and "git clone" in done.stderr
+    status, said, missing = here(name, "--dry-run")
+    assert status == 0
+    assert f"\n{COUNTS[name]} runs, 0 finished, 0 begun; {COUNTS[name]} to run" in said
+    assert "hf download google/t5-v1_1-base" in missing and "git clone" in missing
     for word in ["xxl", "asdiv.train.jsonl"] if name == "figure7" else ["gpt-neox/cqa/train.json"]:
-        assert word in done.stderr
-    assert run(SCRIPT, name, cwd=tmp_path, check=2).stderr == done.stderr
-    assert not (tmp_path / "runs").exists()
+        assert word in missing
+    assert here(name) == (2, said, missing)
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -101,10 +114,9 @@ def test_the_search_goes_down_from_the_smallest_student_that_passes():
     ("demo --dataset cqa", "bundled"), ("report", "first"),
     ("figure6 --dataset cqa --weights w", "several sizes"),
 ])  # fmt: skip
-def test_mistakes_are_one_line(words, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert reproduce.main(words.split()) == 2
-    assert said in capsys.readouterr().err
+def test_mistakes_are_one_line(words, said, here):
+    status, _, error = here(*words.split())
+    assert status == 2 and said in error and error.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------- runs
@@ -145,17 +157,18 @@ def test_ctrl_c_leaves_no_child_and_all_resumable(table2):
         assert (place / "runs" / name / "result.json").stat().st_mtime_ns == time_ns
 
 
-def test_a_killed_grid_goes_on_and_a_killed_run_is_resumed(table2):
+def test_a_killed_grid_goes_on_and_a_killed_run_is_resumed(table2, here, monkeypatch):
     place, words, _, _, (said, status) = table2
     assert status == 0, said
     assert len(list((place / "runs").iterdir())) == 6  # each run once, in one folder
     assert "ended with status -9, is started again" in said
     assert all(len(read_jsonl(p)) == 4 for p in place.glob("runs/*/metrics.jsonl"))
-    again = run(SCRIPT, *words, "--dry-run", cwd=place).stdout
+    monkeypatch.chdir(place)
+    _, again, _ = here(*words, "--dry-run")
     assert "6 runs, 6 finished, 0 begun; 0 to run" in again
 
 
-def test_results_are_the_runs(table2):
+def test_results_are_the_runs(table2, here, monkeypatch):
     """Each row against its run's own files; mean and standard error by hand."""
     place, words, *_ = table2
     folder = place / "results" / "table2"
@@ -177,16 +190,22 @@ def test_results_are_the_runs(table2):
         line = next(x for x in report.splitlines() if x.startswith(f"| {method}"))
         assert f"| {np.mean(scores):.3f} | {error:.3f} |" in line
     gain = np.subtract(by_method["step-by-step"], by_method["standard"])
-    assert (f"step-by-step, rationales of own: {gain.mean():+.3f} (standard error "
-            f"{np.std(gain, ddof=1) / 2**0.5:.3f})") in report  # fmt: skip
+    assert (f"step-by-step, rationales the data's own, less standard: {gain.mean():+.3f} (standard "
+            f"error {np.std(gain, ddof=1) / 2**0.5:.3f})") in report  # fmt: skip
     assert "The paper: " in report and "88.38" not in report  # its numbers are of its data sets
     assert re.search(r"6 runs, seeds 0, 1; torch 2", report) and "untrained" in report
     assert (folder / "table.md").read_text().count("| step-by-step") == 1
-    run(SCRIPT, "report", cwd=place)
-    assert "## table2" in (place / "results" / "report.md").read_text()
+    drawn = pytest.importorskip("matplotlib", reason="not installed: no figure.png")
+    assert drawn and (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.chdir(place)
+    assert here("report")[0] == 0
+    page = (place / "results" / "report.md").read_text()
+    assert "## table2" in page and "](table2/figure.png)" in page
 
 
-def test_other_data_sets_stay_in_the_table_and_contents_tell_runs_apart(table2, small_task):
+def test_other_data_sets_stay_in_the_table_and_contents_tell_runs_apart(
+    table2, small_task, here, monkeypatch
+):
     """A copy of the folder is another data set; the same path with other contents, another run."""
     place, *_ = table2
     shutil.copytree(small_task, place / "other")
@@ -196,7 +215,8 @@ def test_other_data_sets_stay_in_the_table_and_contents_tell_runs_apart(table2, 
     assert len(rows_of(place / "results" / "table2")) == 9
     text = (place / "other" / "train.jsonl").read_text()
     (place / "other" / "train.jsonl").write_text(text.replace("number 0?", "number nought?"))
-    said = run(SCRIPT, *words, "--dry-run", cwd=place).stdout
+    monkeypatch.chdir(place)
+    _, said, _ = here(*words, "--dry-run")
     assert "3 runs, 0 finished, 0 begun; 3 to run" in said
 
 
@@ -220,10 +240,9 @@ def test_a_run_that_fails_is_reported_and_the_others_finish(small_task, tmp_path
 
 def test_shuffled_rationales_are_other_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    point = reproduce.Point("demo", "tiny", "step-by-step", rationales="own", shuffled=True)
-    path = reproduce.make_inputs(point, 0, "datasets")["rationales"][0]
+    path = reproduce.shuffled("demo", "own", "datasets")
     before = {r["id"]: r.get("rationale") for r in read_jsonl(ROOT / "demo" / "train.jsonl")}
-    after = {r["id"]: r["rationale"] for r in read_jsonl(Path(path))}
+    after = {r["id"]: r["rationale"] for r in read_jsonl(path)}
     before = {id: text for id, text in before.items() if text}
     assert before.keys() == after.keys() and before != after
     assert sorted(before.values()) == sorted(after.values())
