@@ -62,7 +62,7 @@ SIZES = {"demo": ("nano", "micro", "tiny")}
 PAPER_SIZES = ("base", "large", "xxl")
 SHAPES = {"nano": dict(d_model=32, d_kv=8, d_ff=64), "micro": dict(d_model=64, d_kv=16, d_ff=128)}
 # Shares of the unlabelled examples that are added: ASDiv for SVAMP, `demo/pool.jsonl` for the demo.
-POOLS = {"svamp": (0.25, 0.5, 0.75, 1.0), "demo": (0.5, 1.0)}
+POOLS = {"svamp": (0.25, 0.5, 0.75, 1.0), "demo": (1.0,)}
 ASDIV = "teacher/asdiv.train.jsonl"
 TEACHERS = {"demo": ("own", str(DEMO / "weak.jsonl"))}
 PAPER_TEACHERS = ("palm", "neox")
