@@ -186,7 +186,7 @@ def _folder_task(name: str, folder: Path, *times: int) -> Task:
                 raise ValueError("labels or marker")
             if facts.get("scorer", "text") not in ("text", "arithmetic"):
                 raise ValueError("scorer")
-        except (ValueError, AttributeError, TypeError):
+        except (ValueError, AttributeError, TypeError, RecursionError):
             raise UserError(
                 f'{path} is not {{"labels": a list of texts or null, "scorer": "text" or '
                 f'"arithmetic", "marker": a text}}: {path.read_bytes()[:200]!r}'

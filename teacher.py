@@ -138,7 +138,7 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
         raise UserError(f"{path}: {error}; a prompt is a text file in UTF-8") from None
     if shots == 0:
         labels = f" The answer is one of: {', '.join(task.labels)}." if task.labels else ""
-        form = answer if name == "cqa" or not task.labels else answer.replace(placeholder, "LABEL")
+        form = format_answer(name, "", "LABEL") if task.labels else answer
         instruction += f"{labels} Think step by step, then end in this form: {form}"
     elif not demonstrations:
         raise UserError(f"{path} holds no demonstration; it needs some, or use --shots 0")

@@ -20,7 +20,7 @@ import t5
 import teacher
 import train
 
-STEPS = 200  # on this one problem, until the student knows it by heart
+STEPS = 300  # on this one problem, until the student knows it by heart
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
         losses().total.backward()
         optimizer.step()
     after = losses()
-    ids = model.generate(batch["input_ids"], batch["attention_mask"])
+    ids = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=80)
     label, explanation = (tokenizer.decode(row.tolist()) for row in ids)
 
     ids_in, ids_out, ids_start = (row.tolist()[:8] for row in (
@@ -167,7 +167,7 @@ A student that gave all {width} ids the same probability would have ln {width} =
 ## 7. Training (`train.py`)
 
 A run does this with thousands of problems. Here are {STEPS} steps of AdamW (learning rate 1e-3, no
-dropout) on this one alone, after which L_label is {after.label:.2f} and L_rationale \
+dropout) on this one alone, after which L_label is {after.label:.2f} and L_rationale is
 {after.rationale:.2f}: it is known by heart, which says nothing of other problems.
 
 ## 8. Prediction and score (`t5.py`: `generate`; `data.py`: `is_correct`)
