@@ -235,6 +235,14 @@ def test_zero_shot(room, file):
     assert room.report()["accuracy"] == 1
 
 
+def test_zero_shot_labels_may_occur_in_the_marker(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"id": "1", "input": "which?", "label": "a"}\n')
+    (tmp_path / "task.json").write_text('{"labels": ["a", "b"]}')
+    instruction = teacher.read_prompt(str(tmp_path), shots=0).instruction
+    assert instruction.endswith("one of: a, b. Think step by step, then end in this form: "
+                                "So the answer is LABEL.")  # fmt: skip
+
+
 def test_a_pair_is_named():
     prompt = teacher.read_prompt("esnli")
     assert prompt.question(("A man.", "He.")) == "Premise: A man.\nHypothesis: He."
