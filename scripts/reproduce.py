@@ -37,7 +37,7 @@ sys.path.insert(0, str(HERE))
 
 import t5  # noqa: E402
 import train  # noqa: E402
-from data import TASKS, Tokenizer, UserError, is_correct, load_dataset  # noqa: E402
+from data import TASKS, Tokenizer, UserError, get_task, is_correct, load_dataset  # noqa: E402
 from eval import rationale_source  # noqa: E402
 from scripts.tables import (  # noqa: E402
     BOTH,
@@ -552,6 +552,7 @@ def scales(args: argparse.Namespace) -> list[Scale]:
                         "or table, such as `table2 --dataset svamp`")  # fmt: skip
     made = []
     for data in datasets:
+        get_task(data)
         sizes = tuple(args.size or SIZES.get(data, PAPER_SIZES))
         for size in sizes:
             train.one_of("size", size, [*train.RECIPES, *(SHAPES if data == "demo" else ())])

@@ -162,7 +162,9 @@ def table(name: str, all_of: list[Entry]) -> str:
             "" if e.error is None else f"{e.error:.3f}", f"{mean(tokens):,.0f}" if tokens else "",
             printed(name, p),
         ])  # fmt: skip
-    shown = [i for i, head in enumerate(heads) if head == "test accuracy"
+    several = any(len(e.scores) > 1 for e in all_of)
+    always = ("test accuracy", "standard error") if several else ("test accuracy",)
+    shown = [i for i, head in enumerate(heads) if head in always
              or len({line[i] for line in lines}) > 1]  # fmt: skip
     same = [f"{heads[i]} {lines[0][i]}" for i in range(len(heads))
             if i not in shown and lines[0][i]]  # fmt: skip

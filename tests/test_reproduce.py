@@ -1,5 +1,6 @@
 """scripts/reproduce.py as a user meets it: plans, grids killed and resumed, results by hand."""
 
+import contextlib
 import csv
 import json
 import os
@@ -17,7 +18,7 @@ from conftest import REAL, ROOT, command, environment, read_jsonl, run
 from scripts import reproduce
 
 SCRIPT = ROOT / "scripts" / "reproduce.py"
-FEW = "--steps 4 --batch-size 6 --eval-every 2 --size tiny --seeds 2".split()
+FEW = "--steps 16 --lr 2e-3 --batch-size 6 --eval-every 8 --size tiny --seeds 2".split()
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -36,6 +37,18 @@ def wait_for(pattern: str, folder: Path) -> list[Path]:
             return found
         time.sleep(0.01)
     raise AssertionError(f"no {pattern} within a minute")
+
+
+def a_run_of(process: subprocess.Popen) -> int:
+    """The id of a run that it has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for _ in range(6000):
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):
+                if "train.py" in Path(f"/proc/{pid}/cmdline").read_text():
+                    return int(pid)
+        time.sleep(0.01)
+    raise AssertionError("no run within a minute")
 
 
 # ---------------------------------------------------------------------------------------- plans
@@ -139,12 +152,7 @@ def table2(small_task, tmp_path_factory):
     process.communicate()
 
     process = begin(place, *words)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for _ in range(6000):
-        if pids := children.read_text().split():
-            break
-        time.sleep(0.01)
-    os.kill(int(pids[0]), signal.SIGKILL)
+    os.kill(a_run_of(process), signal.SIGKILL)
     last = process.communicate(timeout=120)[0], process.returncode
     return place, words, first, finished, last
 
@@ -162,7 +170,7 @@ def test_a_killed_grid_goes_on_and_a_killed_run_is_resumed(table2, here, monkeyp
     assert status == 0, said
     assert len(list((place / "runs").iterdir())) == 6  # each run once, in one folder
     assert "ended with status -9, is started again" in said
-    assert all(len(read_jsonl(p)) == 4 for p in place.glob("runs/*/metrics.jsonl"))
+    assert all(len(read_jsonl(p)) == 16 for p in place.glob("runs/*/metrics.jsonl"))
     monkeypatch.chdir(place)
     _, again, _ = here(*words, "--dry-run")
     assert "6 runs, 6 finished, 0 begun; 0 to run" in again
@@ -183,6 +191,7 @@ def test_results_are_the_runs(table2, here, monkeypatch):
         assert float(row["test_accuracy"]) == got["test_accuracy"]
         assert int(row["parameters"]) == 952_064 and int(row["examples"]) == 24
         by_method.setdefault(row["method"], []).append(got["test_accuracy"])
+    assert sum(map(sum, by_method.values())) > 0  # they learn something in 16 steps
     assert list(by_method) == ["standard", "single-task", "step-by-step"]
     report = (folder / "report.md").read_text()
     for method, scores in by_method.items():
