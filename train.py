@@ -64,29 +64,8 @@ from data import (
     tokenize_rows,
 )
 from dsbs import METHODS, PREFIXES, make_rows, multitask_loss, wanted_label
-from eval import (
-    NAMED,
-    Student,
-    autocast,
-    choose_device,
-    gold_labels,
-    load_model,
-    print0,
-    processes,
-    rank_and_world,
-    rationale_source,
-    write_jsonl,
-)
-from t5 import (
-    PRESETS,
-    T5,
-    T5Config,
-    load_weights,
-    open_checkpoint,
-    read_config,
-    shift_right,
-    write_json,
-)
+from eval import NAMED, Student, autocast, choose_device, print0, processes, rank_and_world
+from t5 import T5, T5Config, load_weights, open_checkpoint, read_config, shift_right, write_json
 
 HERE = Path(__file__).parent
 DEMO_VOCABULARY = HERE / "demo" / "spiece.model"
@@ -155,7 +134,7 @@ def one_of(flag: str, value: str, allowed: Iterable[str]) -> None:
 def resolve(config: Config) -> Config:
     """Fills in what follows from the rest and checks it; UserError for what cannot be run."""
     c = Config(**asdict(config))
-    one_of("size", c.size, PRESETS)
+    one_of("size", c.size, RECIPES)
     one_of("method", c.method, METHODS)
     one_of("labels", c.labels, ("human", "teacher"))
     one_of("prefixes", c.prefixes, PREFIXES)
@@ -168,7 +147,7 @@ def resolve(config: Config) -> Config:
     if isinstance(c.rationales, str):
         c.rationales = [c.rationales]
     uses = c.method != "standard" or c.labels == "teacher"
-    c.rationales = rationale_source(c.rationales, c.dataset, uses)
+    c.rationales = evaluation.rationale_source(c.rationales, c.dataset, uses)
     if c.augment:
         one_of("augment", c.augment, ("asdiv",))
         if get_task(c.dataset).scorer != "arithmetic":
@@ -184,7 +163,7 @@ def resolve(config: Config) -> Config:
     for name, value in RECIPES[c.size].items():
         if getattr(c, name) is None:
             setattr(c, name, value)
-    c.save_every = c.save_every or c.eval_every
+    c.save_every = c.eval_every if c.save_every is None else c.save_every
     device = choose_device(c.device)
     c.device = device.type
     c.precision = c.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -198,12 +177,10 @@ def resolve(config: Config) -> Config:
         c.parallel = "none"
     elif c.parallel is None:
         c.parallel = "ddp" if fits(c, device) else "fsdp"
-    for name in ("steps", "batch_size", "eval_every", "save_every", "micro_batch"):
-        if getattr(c, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    if c.seed < 0:
-        raise UserError(f"--seed {c.seed}: must not be negative")
-    bounds = {  # also refuses NaN
+    counted = ("steps", "batch_size", "eval_every", "save_every", "micro_batch")
+    bounds = {name: (getattr(c, name) >= 1, "at least 1") for name in counted}
+    bounds |= {  # also refuses NaN
+        "seed": (c.seed >= 0, "at least 0"),
         "fraction": (0 < c.fraction <= 1, "above 0 and at most 1"),
         "augment_fraction": (0 < c.augment_fraction <= 1, "above 0 and at most 1"),
         "lr": (0 < c.lr < math.inf, "a positive number"),
@@ -223,10 +200,10 @@ def run_name(c: Config) -> str:
     parts = [Path(c.dataset).name, c.size, c.method, c.labels]
     skip = MAY_CHANGE | {"size", "dataset", "method", "labels", "seed", "data_root", "device"}
     for field in fields(c):
-        value = getattr(c, field.name)
-        if field.name not in skip and value != getattr(default, field.name):
-            value = "+".join(Path(v).name for v in (value if type(value) is list else [str(value)]))
-            parts.append(field.name.replace("_", "-") + "-" + value)
+        name, value = field.name, getattr(c, field.name)
+        if name not in skip and value != getattr(default, name):
+            values = value if isinstance(value, list) else [str(value)]
+            parts.append(name.replace("_", "-") + "-" + "+".join(Path(v).name for v in values))
     return "runs/" + "_".join([*parts, f"seed-{c.seed}"])
 
 
@@ -235,18 +212,16 @@ def command(c: Config, out: str, resume: bool = False) -> str:
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     words = ["python"] if local == "1" else ["torchrun", f"--nproc_per_node={local}"]
     words.append("train.py")
-    default = Config()
-    for field in fields(c):
-        value = getattr(c, field.name)
-        if field.name == "recompute" and value != RECIPES[c.size]["recompute"]:
-            words.append("--recompute" if value else "--no-recompute")
-        elif field.name == "compile" and value:
-            words.append("--compile")
-        elif field.name == "micro_batch" and value != RECIPES[c.size]["micro_batch"]:
-            words += ["--micro-batch", str(value)]
-        elif value != getattr(default, field.name) and field.name not in MAY_CHANGE:
-            words += ["--" + field.name.replace("_", "-")]
-            words += map(str, value if isinstance(value, list) else [value])
+    default = asdict(Config())
+    default |= {name: RECIPES[c.size][name] for name in ("micro_batch", "recompute")}
+    for name, value in asdict(c).items():
+        flag = name.replace("_", "-")
+        if value == default[name] or name in ("save_every", "parallel"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*words, "--out", out, *(["--resume"] if resume else [])])
 
 
@@ -310,19 +285,20 @@ def weights_hashes(folder: Path) -> dict[str, str]:
 
 def provenance(c: Config) -> dict:
     """All that decides a run's result besides its configuration: data, weights, code, versions."""
-    splits = ["train", "valid"] + ["test"] * has_split(c.dataset, "test", c.data_root)
-    paths: set[Path] = set(data_files(c.augment, "train", c.data_root) if c.augment else ())
-    paths.update(map(Path, teacher_files(c)))
-    for split in splits:
+    paths = set(map(Path, teacher_files(c)))
+    for split in ["train", "valid"] + ["test"] * has_split(c.dataset, "test", c.data_root):
         paths.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
+    if c.augment:
+        paths.update(data_files(c.augment, "train", c.data_root))
     facts = [path.with_name("task.json") for path in paths if path.name == "train.jsonl"]
     paths.update(path for path in facts if path.is_file())
+    weights = {"spiece.model": sha256(DEMO_VOCABULARY)}
+    if c.weights != "random":
+        weights = weights_hashes(Path(c.weights))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    random = c.weights == "random"
     return {
         "data_sha256": {str(p): sha256(p) if p.is_file() else None for p in sorted(paths)},
-        "weights_sha256": {"spiece.model": sha256(DEMO_VOCABULARY)} if random
-        else weights_hashes(Path(c.weights)),
+        "weights_sha256": weights,
         "git_sha": git.stdout.strip() or None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
@@ -345,17 +321,18 @@ def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
         return None
     try:
         run = json.loads(path.read_text())
-        before = {**run["config"], "data": run["data_sha256"], "vocab": run["weights_sha256"]}
+        before, data, weights = {**run["config"]}, run["data_sha256"], run["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}; give another --out") from None
-    now = {**asdict(c), "data": about["data_sha256"], "vocab": about["weights_sha256"]}
-    changed = [k for k in now if now[k] != before.get(k) and k not in MAY_CHANGE]
-    if changed:
-        contents = {"data": "the data files or their contents",
-                    "vocab": "the contents of the weights or of the vocabulary"}  # fmt: skip
-        differ = "; ".join(
-            contents.get(k) or f"{k} {before.get(k)!r} there, {now[k]!r} here" for k in changed
-        )
+    differ = [f"{name} {before.get(name)!r} there, {value!r} here"
+              for name, value in asdict(c).items()
+              if name not in MAY_CHANGE and value != before.get(name)]  # fmt: skip
+    if data != about["data_sha256"]:
+        differ.append("the data files or their contents")
+    if weights != about["weights_sha256"]:
+        differ.append("the contents of the weights or of the vocabulary")
+    if differ:
+        differ = "; ".join(differ)
         raise UserError(f"{out} is a run with other settings: {differ}; give another --out")
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
@@ -406,8 +383,8 @@ def save_student(
 @contextlib.contextmanager
 def put_together(model: nn.Module) -> Iterator[None]:
     """Whole parameters on every rank: for a fork that knows how to save only those."""
-    named = [(m, *pair) for m in model.modules() for pair in m._parameters.items()]
-    parts = [(module, name, part) for module, name, part in named if part is not None]
+    parts = [(module, name, part) for module in model.modules()
+             for name, part in module._parameters.items() if part is not None]  # fmt: skip
     for module, name, part in parts:
         module._parameters[name] = nn.Parameter(part.full_tensor())
     yield
@@ -450,9 +427,10 @@ def named_tensors(model: nn.Module, optimizer=None) -> dict[str, Tensor]:
     """Weights, and AdamW's moments if there is an optimizer, by name; of a sharded model this
     rank's parts."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters() if optimizer else ():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"optimizer.{name}.{moment}"] = optimizer.state[p][moment]
+    if optimizer:
+        for name, p in model.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"optimizer.{name}.{moment}"] = optimizer.state[p][moment]
     return tensors
 
 
@@ -491,20 +469,16 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
         dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
 
 
-def save_state(
-    c: Config, out: Path, step: int, model: nn.Module, optimizer, facts: dict
-) -> float:
+def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer, facts: dict) -> float:
     """Writes `state/step-N/` and then points `state/latest` at it. Of a sharded model the best
     weights are kept as `state/best-N/`, and become a student when training ends. By rank 0 alone
     unless the model is sharded. Returns the seconds that it took."""
     start, sharded, first = time.monotonic(), c.parallel == "fsdp", rank_and_world()[0] == 0
-    root, find = out / "state", lambda: latest_state(out)
-    before = agreed(find) if sharded else find()
+    root = out / "state"
     folder, best = root / f"step-{step:07}", root / f"best-{facts['best_step']:07}"
-    if folder == before:
-        return 0.0
     new_best = sharded and facts["best_step"] == step
     if first:
+        before = latest_state(out)
         for other in root.glob("step-*"):  # what an interrupted save left
             if other != before:
                 shutil.rmtree(other)
@@ -544,12 +518,12 @@ def empty_moments(model: nn.Module, optimizer, step: int) -> None:
         }
 
 
-def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict | None:
+def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict:
     """Fills the model and the optimizer from the latest state, saved by any number of processes,
-    and returns what else was saved; None where there is no state yet."""
+    and returns what else was saved; where there is no state yet, what a run starts with."""
     folder = agreed(lambda: latest_state(out))
     if folder is None:
-        return None
+        return {"step": 0, "best": -1.0, "best_step": 0, "world": None, "metrics_bytes": 0}
     facts = json.loads((folder / "state.json").read_text())
     empty_moments(model, optimizer, facts["step"])
     load_tensors(folder, named_tensors(model, optimizer), c.parallel == "fsdp")
@@ -576,9 +550,7 @@ def split_rationales(c: Config, split: str) -> str | list[str] | None:
 
 def augmenting(c: Config, counts: Counter) -> list[Example]:
     """That part of ASDiv, its teacher's labels as labels (Figures 7 and 9)."""
-    examples = load_dataset(
-        c.augment, "train", c.data_root, teacher_files(c), counts, beside=c.dataset
-    )
+    examples = load_dataset(c.augment, "train", c.data_root, teacher_files(c), counts, c.dataset)
     for example in examples:
         example.label = example.teacher_label
     return fraction_of(examples, c.augment_fraction, [c.seed, 2])
@@ -611,15 +583,14 @@ def prepare(c: Config) -> Data:
     counts = Counter()
 
     def load(split: str, counts: Counter | None = None) -> list[Example]:
-        return load_dataset(
-            c.dataset, split, c.data_root, split_rationales(c, split), counts, c.augment
-        )
+        source = split_rationales(c, split)
+        return load_dataset(c.dataset, split, c.data_root, source, counts, c.augment)
 
     everything, valid = load("train", counts), load("valid")
     test = load("test") if has_split(c.dataset, "test", c.data_root) else None
-    examples = fraction_of(everything, c.fraction, [c.seed, 1])
+    own = fraction_of(everything, c.fraction, [c.seed, 1])
     more = augmenting(c, counts) if c.augment else []
-    n_own, examples = len(examples), examples + more
+    examples = own + more
     usable = [e for e in examples if wanted_label(e, c.labels) is not None]
     if not usable:
         raise UserError(f"none of {len(examples)} training examples has a {c.labels} label; "
@@ -632,7 +603,7 @@ def prepare(c: Config) -> Data:
     rows = tokenize_rows(made, tokenizer, evaluation.MAX_SOURCE, MAX_TARGET)
     share = lambda part, whole: f"{part:,} ({100 * part / max(whole, 1):.2f} %)"  # noqa: E731
     notes = [
-        f"data: {c.dataset}, {n_own:,} of {len(everything):,} training examples "
+        f"data: {c.dataset}, {len(own):,} of {len(everything):,} training examples "
         f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test or []):,} test"
         + (f"; {len(more):,} of {c.augment} with the teacher's labels" if more else ""),
         f"left out, no {c.labels} label: {len(examples) - len(usable):,}; "
@@ -658,18 +629,19 @@ def untrained_config(size: str, tokenizer: Tokenizer) -> T5Config:
 def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
     """The student before training: pretrained weights, or that size at random for `random`."""
     torch.manual_seed(c.seed)
-    streamed = False
+    to_shard = c.parallel == "fsdp"
+
+    def shard(model: nn.Module) -> Callable:
+        """Of a model without contents: then each rank reads its own rows alone."""
+        parallelize(model, c).to_empty(device=own_device(c))
+        return own_rows
+
     if c.weights == "random":
         model = evaluation.STUDENT(untrained_config(c.size, tokenizer))
-    elif c.parallel == "fsdp" and issubclass(evaluation.STUDENT, T5):
-
-        def prepare(model: nn.Module) -> Callable:
-            parallelize(model, c).to_empty(device=own_device(c))
-            return own_rows
-
-        model, streamed = load_model(Path(c.weights), prepare), True
+    elif to_shard and issubclass(evaluation.STUDENT, T5):
+        model, to_shard = evaluation.load_model(Path(c.weights), shard), False
     else:
-        model = load_model(Path(c.weights))
+        model = evaluation.load_model(Path(c.weights))
     rows = model.config.vocab_size if hasattr(model, "config") else math.inf  # a fork may lack it
     if rows < tokenizer.vocab_size:
         raise UserError(f"{c.weights}: vocab_size {rows} is smaller than its spiece.model's "
@@ -677,7 +649,7 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = c.dropout  # whatever config.json says: v1.1's is for pretraining
-    return parallelize(model, c) if c.parallel == "fsdp" and not streamed else model
+    return parallelize(model, c) if to_shard else model
 
 
 def own_device(c: Config) -> torch.device:
@@ -760,20 +732,19 @@ def check_files(c: Config) -> None:
     it, before anything is read."""
     missing = []
     if c.weights != "random" and not Path(c.weights).is_dir():
-        name = f"google/t5-v1_1-{c.size}"
+        name = f"t5-v1_1-{c.size}"
         missing.append(
-            f"--weights {c.weights} does not exist; fetch it with `hf download {name} --local-dir "
-            f"weights/t5-v1_1-{c.size}`, or allowed: another Hugging Face T5 folder, or random "
+            f"--weights {c.weights} does not exist; fetch it with `hf download google/{name} "
+            f"--local-dir weights/{name}`, or allowed: another Hugging Face T5 folder, or random "
             "(untrained)"
         )
-    sources = {get_task(c.dataset).source: {
-        path for split in ("train", "valid")
-        for path in data_files(c.dataset, split, c.data_root, split_rationales(c, split))
-    } - set(map(Path, teacher_files(c)))}  # fmt: skip
-    sources["teacher.py, or --rationales is mistyped"] = set(map(Path, teacher_files(c)))
+    answers, own = set(map(Path, teacher_files(c))), set()
+    for split in ("train", "valid"):
+        own.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
+    sources = {get_task(c.dataset).source: own - answers,
+               "teacher.py, or --rationales is mistyped": answers}  # fmt: skip
     if c.augment:
-        more = set(data_files(c.augment, "train", c.data_root))
-        sources[get_task(c.augment).source] = more
+        sources[get_task(c.augment).source] = set(data_files(c.augment, "train", c.data_root))
     for source, paths in sources.items():
         if lost := sorted(str(path) for path in paths if not path.is_file()):
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -793,7 +764,7 @@ class Signals:
     """SIGTERM and Ctrl-C while training: the first is noted, and heeded after the step."""
 
     def __init__(self) -> None:
-        self.number, self.at = 0, 0.0
+        self.got, self.at = 0, 0.0
 
     def __enter__(self) -> "Signals":
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -805,15 +776,10 @@ class Signals:
 
     def note(self, number: int, _) -> None:
         # torchrun passes a terminal's Ctrl-C on, so that it comes twice; later, it is meant.
-        if self.number == number == signal.SIGINT and time.monotonic() - self.at > 1:
+        if self.got == number == signal.SIGINT and time.monotonic() - self.at > 1:
             os._exit(128 + number)
-        if not self.number:
-            self.number, self.at = number, time.monotonic()
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout on one rank."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+        if not self.got:
+            self.got, self.at = number, time.monotonic()
 
 
 def to_tensors(batch: dict, device: torch.device) -> dict[str, Tensor]:
@@ -840,29 +806,36 @@ def forward_backward(
     return torch.stack([losses.label, losses.rationale]).detach()
 
 
-def train_step(model, optimizer, c: Config, data: Data, step: int, device, stop: int) -> dict:
-    """One optimizer step, `step` from 0. Returns its figures, the same on every rank."""
+def train_step(
+    model, optimizer, c: Config, data: Data, step: int, device: torch.device, stop: int
+) -> tuple[dict, int]:
+    """One optimizer step, `step` from 0; `stop` is the signal that this rank got, or 0.
+
+    Returns its figures for `metrics.jsonl`, and the signal that any rank got.
+    """
+    start, rows = time.monotonic(), data.rows
     rank, world = rank_and_world()
-    rows = data.rows
     mine = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
     sources, targets = (o[mine + 1] - o[mine] for o in (rows.source_offsets, rows.target_offsets))
     counts = [int(targets[rows.tasks[mine] == task].sum()) for task in (0, 1)]
+    counts = torch.tensor(counts, device=device)
     dealt = micro_batches(sources, targets, c.micro_batch, world)[rank]
 
     lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
     for group in optimizer.param_groups:
         group["lr"] = lr
-    torch.manual_seed(step_seed(c.seed, step, rank))
+    dropout_seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(dropout_seed[0]))
     shares = torch.zeros(4, device=device)  # L_label, L_rationale, ranks told to stop (TERM, INT)
     shares[2], shares[3] = stop == signal.SIGTERM, stop == signal.SIGINT
-    counts_on_device, losses = torch.tensor(counts, device=device), []
+    losses = []
     for i, part in enumerate(dealt):
         batch = to_tensors(collate(rows, mine[part]), device)
         # Gradients are averaged over the ranks, and our losses are parts of one sum: times world.
         # DDP waits for the last to do it; FSDP does it each time, and keeps no whole gradients.
         wait = c.parallel == "ddp" and i < len(dealt) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
-            losses.append(forward_backward(model, batch, counts_on_device, c, world))
+            losses.append(forward_backward(model, batch, counts, c, world))
         shares[:2] += losses[-1]
     if world > 1:
         dist.all_reduce(shares)
@@ -879,28 +852,32 @@ def train_step(model, optimizer, c: Config, data: Data, step: int, device, stop:
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {
+    seconds = time.monotonic() - start
+    metrics = {
         "step": step + 1, "label_loss": label_loss, "rationale_loss": rationale_loss,
         "loss": loss, "lr": lr, "grad_norm": grad_norm,
-        "tokens": int(sources.sum() + targets.sum()), 
-        "stop": signal.SIGTERM if terms else signal.SIGINT if interrupts else 0,
+        "examples_per_second": c.batch_size / seconds,
+        "tokens_per_second": int(sources.sum() + targets.sum()) / seconds,
+        "peak_memory_bytes": peak_memory(device),
     }  # fmt: skip
+    return metrics, signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
 
 
 def blame(bad: list[np.ndarray], step_rows: np.ndarray, data: Data) -> str:
     """Which ranks' micro-batches were not finite, and which examples are in them; the whole step
     where only the gradient is not. The same on every rank."""
-    rank, world = rank_and_world()
+    world = rank_and_world()[1]
     found = [bad]
     if world > 1:
         found = [None] * world
         dist.all_gather_object(found, bad)
-    found = {r: np.concatenate(rows) for r, rows in enumerate(found) if rows} or {None: step_rows}
-    words = ""
-    for r, rows in found.items():
-        ids = ", ".join(data.ids[i] for i in np.unique(data.rows.example[rows]))
-        words += f"; examples {ids}" if r is None else f"; rank {r}, examples {ids}"
-    return words
+
+    def examples(parts: list[np.ndarray]) -> str:
+        numbers = np.unique(data.rows.example[np.concatenate(parts)])
+        return "examples " + ", ".join(data.ids[i] for i in numbers)
+
+    words = [f"; rank {r}, {examples(parts)}" for r, parts in enumerate(found) if parts]
+    return "".join(words) or f"; {examples([step_rows])}"
 
 
 def peak_memory(device: torch.device) -> int:
@@ -913,12 +890,11 @@ def peak_memory(device: torch.device) -> int:
 
 def log_line(c: Config, m: dict, seconds_left: float) -> str:
     """One line for people; `metrics.jsonl` has every step."""
-    left = timedelta(seconds=int(seconds_left))
     line = (
         f"step {m['step']}/{c.steps}  label {m['label_loss']:.4f}  rationale "
         f"{m['rationale_loss']:.4f}  lr {m['lr']:.2e}  norm {m['grad_norm']:.2f}  "
         f"{m['examples_per_second']:.0f} examples/s  {m['tokens_per_second']:.0f} tokens/s  "
-        f"{m['peak_memory_bytes'] / 2**30:.2f} GiB  left {left}"
+        f"{m['peak_memory_bytes'] / 2**30:.2f} GiB  left {timedelta(seconds=int(seconds_left))}"
     )
     return line + (f"  valid {m['valid_accuracy']:.4f}" if "valid_accuracy" in m else "")
 
@@ -933,17 +909,15 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
     device = own_device(c)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
-    state, sharded = load_state(c, out, model, optimizer), c.parallel == "fsdp"
-    done, best, best_step, metrics_bytes = 0, -1.0, 0, 0
-    if state:
-        done, best, best_step = state["step"], state["best"], state["best_step"]
-        metrics_bytes = state["metrics_bytes"]
-        if world == state["world"]:
-            torch.set_num_threads(state["threads"])  # another number would give other bits
+    state = load_state(c, out, model, optimizer)
+    done, best, best_step = state["step"], state["best"], state["best_step"]
+    if world == state["world"]:
+        torch.set_num_threads(state["threads"])  # another number would give other bits
+    sharded = c.parallel == "fsdp"
+    saves = sharded or rank == 0  # of a sharded model each rank saves its part
     parameters = sum(p.numel() for p in model.parameters())
     epochs = c.steps * c.batch_size / data.rows.n_examples
-    for line in data.notes:
-        print0(line)
+    print0("\n".join(data.notes))
     print0(
         f"model: {c.weights} ({c.size}), {parameters:,} parameters; {c.precision} on {world} x "
         f"{device.type}, {c.parallel}; {torch.get_num_threads()} threads\n"
@@ -960,11 +934,12 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
     def export(folder: str, step: int) -> None:
         save_student(c, model, out / folder, data.vocabulary, step, best)
 
-    if best_step and agreed(lambda: best_is_missing(out, best_step)):
+    kept = out / "state" / f"best-{best_step:07}"  # where a sharded model's best is until the end
+    if best_step and agreed(lambda: student_step(out / "best") != best_step and not kept.exists()):
         if best_step != done:  # best/ is written right after the state of its step
             raise UserError(f"{out / 'best'} is gone or damaged, and its step {best_step} is past; "
                             "bring it back, or start again with another --out")
-        if rank == 0 or sharded:
+        if saves:
             export("best", best_step)
     wrapped = model if sharded else parallelize(model, c)
     if world > 1:  # DDP orders its buckets anew after the first backward: do it before step 1
@@ -974,20 +949,13 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
 
     metrics_file = open(out / "metrics.jsonl", "ab") if rank == 0 else None  # noqa: SIM115
     if metrics_file:
-        metrics_file.truncate(metrics_bytes)
+        metrics_file.truncate(state["metrics_bytes"])
     bar = tqdm(total=c.steps, initial=done, disable=rank > 0 or not sys.stderr.isatty())
     began, shown = time.monotonic(), -math.inf
     with bar, Signals() as signals:
-        for step in range(done, c.steps):
-            start = time.monotonic()
-            metrics = train_step(wrapped, optimizer, c, data, step, device, signals.number)
-            stop, tokens = metrics.pop("stop"), metrics.pop("tokens")
-            seconds = time.monotonic() - start
-            metrics["examples_per_second"] = c.batch_size / seconds
-            metrics["tokens_per_second"] = tokens / seconds
-            metrics["peak_memory_bytes"] = peak_memory(device)
-
-            step, last_step, improved = step + 1, step + 1 == c.steps, False
+        for step in range(done + 1, c.steps + 1):
+            metrics, stop = train_step(wrapped, optimizer, c, data, step - 1, device, signals.got)
+            last_step, improved = step == c.steps, False
             if step % c.eval_every == 0 or last_step:
                 start = time.monotonic()
                 summary, _ = evaluation.evaluate(student, data.valid, progress="valid")
@@ -1008,7 +976,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
                 print0(log_line(c, metrics, left))
 
             save = step % c.save_every == 0 or improved or last_step or stop
-            if save and (rank == 0 or sharded):
+            if save and saves:
                 facts = {"best": best, "best_step": best_step, "world": world,
                          "threads": torch.get_num_threads()}  # fmt: skip
                 if metrics_file:
@@ -1027,16 +995,11 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
                 return stop
     if metrics_file:
         metrics_file.close()
-    if rank == 0 or sharded:
+    if saves:
         export("last", c.steps)
     if world > 1:
         dist.barrier()
     return 0
-
-
-def best_is_missing(out: Path, step: int) -> bool:
-    """Is the best step neither a student yet nor kept as a sharded state?"""
-    return student_step(out / "best") != step and not (out / "state" / f"best-{step:07}").exists()
 
 
 def student_step(folder: Path) -> int | None:
@@ -1049,14 +1012,16 @@ def student_step(folder: Path) -> int | None:
 
 def finish(c: Config, out: Path, data: Data, model: nn.Module) -> dict:
     """Scores the best student on test, once, and writes `predictions.jsonl` and `result.json`."""
+    rank, world = rank_and_world()
     device, sharded = own_device(c), c.parallel == "fsdp"
     state = json.loads((latest_state(out) / "state.json").read_text())
-    step, kept = state["best_step"], out / "state" / f"best-{state['best_step']:07}"
+    step = state["best_step"]
+    kept = out / "state" / f"best-{step:07}"
     if agreed(lambda: student_step(out / "best") != step):
         load_tensors(kept, named_tensors(model), sharded)
-        if sharded or rank_and_world()[0] == 0:
+        if sharded or rank == 0:
             save_student(c, model, out / "best", data.vocabulary, step, state["best"])
-    if rank_and_world()[1] > 1:
+    if world > 1:
         dist.barrier()  # all ranks have read it
     agreed(lambda: shutil.rmtree(kept, ignore_errors=True))
     if sharded and isinstance(model, T5):  # one copy of a large model, in parts
@@ -1066,26 +1031,21 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module) -> dict:
         )
     else:
         student = evaluation.load_student(out / "best", device, c.precision)
-    examples = data.valid if data.test is None else data.test
-    kind, gold = gold_labels(examples)
-    result = {
-        "valid_accuracy": state["best"],
-        "test_accuracy": None,
-        "n_test": 0,
-        "best_step": state["best_step"],
-        "labels": kind,
-    }
+    summary = {"accuracy": None, "n": 0}
     if data.test is not None:
         summary, rows = evaluation.evaluate(student, data.test, progress="test")
-        result |= {"test_accuracy": summary["accuracy"], "n_test": summary["n"]}
-        if rank_and_world()[0] == 0:
-            write_jsonl(out / "predictions.jsonl", rows)
+        if rank == 0:
+            evaluation.write_jsonl(out / "predictions.jsonl", rows)
+    kind, gold = evaluation.gold_labels(data.valid if data.test is None else data.test)
     scored = [label for label in gold if label is not None]
     hits = sum(is_correct(c.dataset, data.majority, label) for label in scored)
-    result["majority_accuracy"] = hits / len(scored)
-    for key in ("dataset", "size", "method", "fraction", "seed"):
-        result[key] = getattr(c, key)
-    if rank_and_world()[0] == 0:
+    result = {
+        "valid_accuracy": state["best"], "test_accuracy": summary["accuracy"],
+        "n_test": summary["n"], "best_step": step, "labels": kind,
+        "majority_accuracy": hits / len(scored),
+        **{key: getattr(c, key) for key in ("dataset", "size", "method", "fraction", "seed")},
+    }  # fmt: skip
+    if rank == 0:
         write_json(out / "result.json", result)
     return result
 
@@ -1114,7 +1074,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS
     )
     add = parser.add_argument
-    add("--size", help=f"{', '.join(PRESETS)}; default tiny")
+    add("--size", help=f"{', '.join(RECIPES)}; default tiny")
     add("--weights", help="a Hugging Face T5 folder, or random; default weights/t5-v1_1-SIZE")
     add("--dataset", help="svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default demo for "
         "tiny, else esnli")  # fmt: skip
@@ -1201,16 +1161,16 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 2 with one line for a user's mistake, 1 for a run that could not go on, 143 or
     130 for one that a signal stopped."""
     given = vars(parse_args(argv))
-    apart = ("out", "resume", "timeout", "plan", "gpus", "json")  # not of the configuration
-    out, resume, timeout, only_plan, gpus, as_json = (given.pop(flag, None) for flag in apart)
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    timeout, only_plan = given.pop("timeout", 1800), given.pop("plan", False)
+    gpus, as_json = given.pop("gpus", None), given.pop("json", False)
     try:
         if only_plan:
             from scripts import plan
 
-            return plan.run(given, 1 if gpus is None else gpus, bool(as_json))
+            return plan.run(given, 1 if gpus is None else gpus, as_json)
         if gpus is not None or as_json:
             raise UserError("--gpus and --json are for --plan; processes are torchrun's to start")
-        timeout = 1800 if timeout is None else timeout
         if not 0 < timeout < 10**7:
             raise UserError(f"--timeout {timeout}: must be a positive number of seconds")
         given = remembered(given, out, resume)

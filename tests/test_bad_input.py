@@ -48,6 +48,7 @@ def refuse(capsys, tmp_path, monkeypatch):
     ("--steps 0", ["--steps 0", "at least 1"]),
     ("--batch-size -4", ["--batch-size -4"]),
     ("--eval-every 0", ["--eval-every 0"]),
+    ("--save-every 0", ["--save-every 0"]),
     ("--seed -1", ["--seed -1"]),
     ("--size base --dataset demo", ["weights/t5-v1_1-base", "hf download google/t5-v1_1-base"]),
     ("--weights nowhere", ["nowhere", "hf download"]),

@@ -11,6 +11,7 @@ from server import Server
 import eval as evaluation
 import teacher
 import train
+from scripts import reproduce
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -40,6 +41,8 @@ def test_commands_parse(command):
         assert given.keys() <= {f.name for f in train.fields(train.Config)} | OTHER
     elif words[script] == "teacher.py":
         teacher.check(teacher.parse_args(words[script + 1 :]))
+    elif words[script] == "scripts/reproduce.py":
+        reproduce.scales(reproduce.parse_args(words[script + 1 :])[0])
     else:
         evaluation.parse_args(words[script + 1 :])
 
