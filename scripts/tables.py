@@ -184,26 +184,25 @@ def words(name: str, all_of: list[Entry]) -> list[str]:
         return next(iter(find(full, method=method, shuffled=False, **more)), None)
 
     if name in ("figure4", "figure5"):
-        plain, ours = find(all_of, method="standard"), find(all_of, method="step-by-step")
-        for a, b in zip(plain, ours):
-            share = f"{100 * a.point.fraction:g} %"
-            said.append(f"with {share} of the examples, step-by-step less standard: {b - a}")
-        best = one("standard")
-        passing = [e.point.fraction for e in ours if best and e.mean > best.mean]
-        if best and passing:
+        ours, best = find(all_of, method="step-by-step"), one("standard")
+        for b in ours:
+            for a in find(all_of, method="standard", fraction=b.point.fraction):
+                said.append(f"with {100 * b.point.fraction:g} % of the examples, step-by-step less "
+                            f"standard: {b - a}")  # fmt: skip
+        passing = [e for e in ours if best and e.mean > best.mean]
+        if passing:
+            least = min(passing, key=lambda e: e.point.fraction)
             said.append(f"step-by-step passes standard on all data ({best.mean:.3f}) with "
-                        f"{100 * min(passing):g} % of the examples")  # fmt: skip
+                        f"{100 * least.point.fraction:g} % of the examples, by {least - best}")
         elif best:
             said.append(f"at no fraction does step-by-step pass standard on all data "
                         f"({best.mean:.3f})")  # fmt: skip
     if name in ("figure6", "figure7"):
-        for a in find(full, method="standard"):
-            if b := one("step-by-step", size=a.point.size):
-                said.append(f"at {a.point.size}, step-by-step less standard: {b - a}")
-        for a, b in zip(find(all_of, method="standard", pool=1.0),
-                        find(all_of, method="step-by-step", pool=1.0)):  # fmt: skip
-            said.append(f"with the unlabelled examples at {a.point.size}: standard {a.mean:.3f}, "
-                        f"step-by-step {b.mean:.3f}: {b - a}")  # fmt: skip
+        for b in find(all_of, method="step-by-step"):
+            size, pool = b.point.size, b.point.pool
+            for a in find(all_of, method="standard", size=size, pool=pool):
+                said.append(f"at {size}{', with the unlabelled examples' * (pool > 0)}, "
+                            f"step-by-step less standard: {b - a}")  # fmt: skip
     if name in ("figure6", "figure7", "figure8", "figure9") and few:
         teacher, bar = few[0].mean, f"the teacher's few-shot CoT ({few[0].mean:.3f})"
         for method in BOTH:
@@ -212,10 +211,11 @@ def words(name: str, all_of: list[Entry]) -> list[str]:
             if not passing:
                 said.append(f"no {method} student passes {bar}")
                 continue
-            p = passing[0].point
+            least, p = passing[0], passing[0].point
+            error = f" (standard error {least.error:.3f})" if least.error is not None else ""
             said.append(f"{method} passes {bar} at {p.size} with {100 * p.fraction:g} % of the "
-                        "examples"
-                        + f" and {100 * p.pool:g} % of the unlabelled" * (p.pool > 0))  # fmt: skip
+                        "examples" + f" and {100 * p.pool:g} % of the unlabelled" * (p.pool > 0)
+                        + f": {least.mean:.3f}{error}")  # fmt: skip
         for pinto in find(all_of, method="rationale-input"):
             ours = find(all_of, method="step-by-step")
             passing = [e.point.size for e in ours if e.mean > pinto.mean] or ["no size"]
@@ -251,18 +251,16 @@ def draw(axes, name: str, all_of: list[Entry], title: str) -> None:
     few = find(all_of, method="few-shot-cot")
     if name in ("table1", "table2", "noise"):
         for i, e in enumerate(all_of):
-            label = e.point.method
-            if e.point.rationales and name != "table2":
-                label += "\n" + source(e.point).replace(", ", "\n")
+            label = e.point.method + "\nshuffled" * e.point.shuffled
+            if e.point.rationales and name == "table1":
+                label += f"\n{Path(e.point.rationales).stem}"
             axes.bar(i, e.mean, yerr=e.error or 0, capsize=3, color=colours[e.point.method])
             axes.text(i, 0.02, label, ha="center", va="bottom", fontsize=7, color="white",
                       transform=axes.get_xaxis_transform())  # fmt: skip
         axes.set_xticks([])
-        low = min(e.mean for e in all_of)
-        axes.set_ylim(max(0, low - 0.15))
         return
     by_size, search = name in ("figure6", "figure7"), name in ("figure8", "figure9")
-    pooled = search and any(0 < e.point.pool < 1 for e in all_of)
+    pooled = search and any(e.point.pool for e in all_of)
     for method in BOTH:
         found = [e for e in find(all_of, method=method) if not (by_size and e.point.pool)]
         if by_size:
@@ -298,6 +296,7 @@ def draw(axes, name: str, all_of: list[Entry], title: str) -> None:
     else:
         axes.set_xlabel(f"% of the {'unlabelled' if pooled else 'training'} examples; area: size",
                         fontsize=8)  # fmt: skip
+        axes.set_xlim(-5, 105)
     for e in few:
         axes.axhline(e.mean, color=colours["few-shot-cot"], linestyle="--", linewidth=1,
                      label="few-shot CoT")  # fmt: skip
