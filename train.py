@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import (
+    TASKS,
     Example,
     Tokenizer,
     TokenRows,
@@ -739,7 +740,9 @@ def check_files(c: Config) -> None:
             "(untrained)"
         )
     answers, own = set(map(Path, teacher_files(c))), set()
-    for split in ("train", "valid"):
+    # A folder of your own may do without test.
+    tested = c.dataset in TASKS or has_split(c.dataset, "test", c.data_root)
+    for split in ("train", "valid", "test") if tested else ("train", "valid"):
         own.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
     sources = {get_task(c.dataset).source: own - answers,
                "teacher.py, or --rationales is mistyped": answers}  # fmt: skip

@@ -11,8 +11,10 @@ data -> processes -> rows of results.csv -> results/NAME/.
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -37,7 +39,15 @@ sys.path.insert(0, str(HERE))
 
 import t5  # noqa: E402
 import train  # noqa: E402
-from data import TASKS, Tokenizer, UserError, get_task, is_correct, load_dataset  # noqa: E402
+from data import (  # noqa: E402
+    TASKS,
+    Tokenizer,
+    UserError,
+    get_task,
+    has_split,
+    is_correct,
+    load_dataset,
+)
 from eval import rationale_source  # noqa: E402
 from scripts.tables import (  # noqa: E402
     BOTH,
@@ -149,14 +159,14 @@ def untrained(size: str, seed: int) -> Path:
     """Weights of one of SHAPES, drawn from the seed, with the bundled vocabulary."""
     folder = INPUTS / f"{size}-seed-{seed}"
     if not folder.exists():
-        beside = folder.with_name(folder.name + ".new")
-        shutil.rmtree(beside, ignore_errors=True)
+        beside = folder.with_name(f"{folder.name}.{os.getpid()}.new")
         beside.mkdir(parents=True)
         tiny = train.untrained_config("tiny", Tokenizer(train.DEMO_VOCABULARY))
         torch.manual_seed(seed)
         t5.T5(replace(tiny, **SHAPES[size])).save_pretrained(beside)
         shutil.copyfile(train.DEMO_VOCABULARY, beside / "spiece.model")
-        os.replace(beside, folder)
+        with contextlib.suppress(OSError):  # another grid was faster
+            os.replace(beside, folder)
     return folder
 
 
@@ -173,7 +183,8 @@ def with_pool(share: float) -> Path:
 
 def shuffled(dataset: str, rationales: str, root: str) -> Path:
     """A teacher's file in which each training example has another one's rationale."""
-    path = INPUTS / f"{Path(dataset).name}-{Path(rationales).name}-shuffled.jsonl"
+    told_apart = hashlib.sha256(f"{dataset} {rationales} {root}".encode()).hexdigest()[:8]
+    path = INPUTS / f"{Path(dataset).name}-shuffled-{told_apart}.jsonl"
     examples = load_dataset(dataset, "train", root, joined(rationales, dataset))
     examples = [e for e in examples if e.rationale]
     order = np.random.default_rng(0).permutation(len(examples))
@@ -190,7 +201,7 @@ def joined(rationales: str, dataset: str) -> str | list[str] | None:
     return None if words in ([], ["own"]) else rationale_source(words, dataset, True)
 
 
-def configure(p: Point, seed: int, given: dict) -> train.Config:
+def configure(p: Point, seed: int, given: dict, shuffle: Callable = shuffled) -> train.Config:
     """The run's resolved configuration; UserError where files are missing. `given`: flags of
     `train.py` that hold for all runs."""
     root = given.get("data_root", train.Config.data_root)
@@ -199,9 +210,9 @@ def configure(p: Point, seed: int, given: dict) -> train.Config:
     if p.size in SHAPES:
         flags["weights"] = str(untrained(p.size, seed))
     if p.shuffled:
-        flags["rationales"] = [str(shuffled(p.dataset, p.rationales, root))]
+        flags["rationales"] = [str(shuffle(p.dataset, p.rationales, root))]
     elif p.rationales not in ("", "own"):
-        flags["rationales"] = p.rationales.split()
+        flags["rationales"] = [r for r in p.rationales.split() if r != ASDIV]
     if p.pool and p.dataset == "demo":
         flags["dataset"] = str(with_pool(p.pool))
     elif p.pool:
@@ -238,6 +249,7 @@ class Runs:
         self.missing: dict[str, None] = {}  # what files are missing, in the order of asking
         self.found: dict[tuple[Point, int], Run] = {}
         self.known, self.hashes = known_runs(), {}
+        self.shuffled = functools.cache(shuffled)  # the same for all seeds
 
     def of(self, point: Point) -> list[Run]:
         return [self.get(point, seed) for seed in self.seeds]
@@ -246,7 +258,7 @@ class Runs:
         if (point, seed) not in self.found:
             run = self.found[point, seed] = Run(point, seed)
             try:
-                run.config = configure(point, seed, self.given)
+                run.config = configure(point, seed, self.given, self.shuffled)
                 run.out = self.folder(run.config)
             except UserError as error:
                 self.missing |= dict.fromkeys(str(error).split("; and "))
@@ -347,6 +359,20 @@ def in_use(out: Path) -> bool:
     return False
 
 
+def end_with_parent() -> None:
+    """A run whose grid was killed saves and leaves, so that its GPU is free (Linux alone)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def kill(pid: int) -> None:
+    """SIGKILL to a process and all that it started, torchrun's sessions too."""
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            kill(int(child))
+    os.kill(pid, signal.SIGKILL)
+
+
 class Pool:
     """Starts runs side by side, one a GPU (or a CPU worker), and sees them through."""
 
@@ -354,13 +380,14 @@ class Pool:
 
     def __init__(self, workers: int | None, clock: Clock, logs: Path):
         gpus = devices()
-        cores = len(os.sched_getaffinity(0))
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        cores = len(cores(0))
         self.workers = workers or len(gpus) or cores
         self.free = gpus[: self.workers] if gpus else [""] * self.workers
         self.workers = len(self.free)
         self.threads = max(1, cores // self.workers)
         self.clock, self.logs = clock, logs
-        self.tries, self.failed = Counter(), {}
+        self.tries, self.failed, self.logged = Counter(), {}, {}
         self.signal = 0
 
     def needs(self, run: Run) -> int:
@@ -373,14 +400,18 @@ class Pool:
         words = shlex.split(train.command(run.config, str(run.out), resume=True))
         words = [sys.executable, str(HERE / "train.py"), *words[words.index("train.py") + 1 :]]
         if len(taken) > 1:
-            words[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={len(taken)}"]
+            words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=600",
+                          f"--nproc_per_node={len(taken)}"]  # fmt: skip
+        words.append(f"--save-every={run.config.save_every}")
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         if taken[0]:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(self.log(run), "a") as log:  # a session of its own: Ctrl-C is ours to pass on
+            self.logged[run.out] = log.tell()
             process = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log,
-                                       stderr=log, start_new_session=True)  # fmt: skip
+                                       stderr=log, start_new_session=True,
+                                       preexec_fn=end_with_parent)  # fmt: skip
         self.tries[run.out] += 1
         return process, taken
 
@@ -391,10 +422,11 @@ class Pool:
         """One line for a process that has ended; puts its run back where that may help."""
         if run.finished:
             return f"{accuracy(run):.4f}  {run.out} ({duration(seconds(run.out))})"
-        lines = self.log(run).read_text(errors="replace").splitlines()
+        said = self.log(run).read_bytes()[self.logged[run.out] :]
+        lines = said.decode(errors="replace").splitlines()
         why = next((line for line in reversed(lines) if line.startswith("error:")), None)
         why = why or (lines[-1] if lines else "no output")
-        if in_use(run.out) or "in use by another process" in why:
+        if status == 2 and "in use by another process" in why:
             todo.append(run)
             return f"is run by another process: {run.out}"
         if status != 2 and self.tries[run.out] < self.TRIES:
@@ -412,7 +444,7 @@ class Pool:
             for process in running:
                 with contextlib.suppress(ProcessLookupError):
                     if self.signal:
-                        os.killpg(process.pid, signal.SIGKILL)
+                        kill(process.pid)
                     else:
                         process.terminate()
             if not self.signal and running:
@@ -420,12 +452,19 @@ class Pool:
             self.signal = self.signal or number
 
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        waiting = set()
         while running or (todo and not self.signal):
             for run in [] if self.signal else list(todo):
-                if run.finished or in_use(run.out):
-                    if run.finished:
-                        todo.remove(run)
-                        done += 1
+                if run.finished:
+                    todo.remove(run)
+                    done += 1
+                    print(f"[{done}/{total}] finished by another process: {run.out}", flush=True)
+                elif in_use(run.out):
+                    if run.out not in waiting:
+                        waiting.add(run.out)
+                        print(f"is run by another process: {run.out}", flush=True)
+                elif not self.free:
+                    break
                 elif self.needs(run) > len(self.free):
                     break
                 else:
@@ -470,16 +509,18 @@ def n_examples(dataset: str, root: str) -> int:
     return len(load_dataset(dataset, "train", root))
 
 
-def few_shot(dataset: str, root: str, rationales: str) -> tuple[float, int] | None:
-    """The teacher's own accuracy on test, few-shot chain of thought, and the number of examples;
-    None where it did not answer any. An answer that cannot be read is wrong."""
+def few_shot(dataset: str, root: str, rationales: str) -> tuple[float, int, int] | None:
+    """The teacher's own accuracy on test, few-shot chain of thought, the number of examples, and of
+    those without an answer that can be read, which are wrong; None where none has one."""
+    if not has_split(dataset, "test", root):
+        return None
     test = load_dataset(dataset, "test", root, joined(rationales, dataset))
     scored = [e for e in test if e.label is not None]
     if not scored or not any(e.teacher_label for e in scored):
         return None
     given = [(e.teacher_label, e.label) for e in scored]
     right = sum(bool(answer) and is_correct(dataset, answer, label) for answer, label in given)
-    return right / len(scored), len(scored)
+    return right / len(scored), len(scored), sum(not answer for answer, _ in given)
 
 
 def row_of(run: Run) -> dict:
@@ -495,7 +536,10 @@ def row_of(run: Run) -> dict:
     return {
         **asdict(p), "seed": run.seed, "parameters": n_parameters(c.size, c.weights),
         "examples": max(1, examples), "steps": c.steps, "weights": c.weights,
-        "valid_accuracy": got["valid_accuracy"], "test_accuracy": accuracy(run),
+        "valid_accuracy": got["valid_accuracy"], "test_accuracy": got["test_accuracy"],
+        "accuracy": accuracy(run),
+        "scored_on": ("valid" if got["test_accuracy"] is None else "test")
+        + f", {got['labels']} labels",
         "n_test": got["n_test"], "best_step": got["best_step"],
         "tokens": round(sum(speeds) * c.batch_size), "seconds": round(seconds(run.out), 1),
         "run": str(run.out), "git_sha": about["git_sha"], "torch": about["versions"]["torch"],
@@ -507,7 +551,8 @@ def teacher_row(s: Scale, root: str, parameters: float) -> dict | None:
     got = few_shot(s.dataset, root, s.teachers[0])
     return got and {
         **asdict(Point(s.dataset, "teacher", "few-shot-cot", "none", s.teachers[0])),
-        "parameters": parameters, "examples": 0, "test_accuracy": got[0], "n_test": got[1],
+        "parameters": parameters, "examples": 0, "accuracy": got[0], "n_test": got[1],
+        "unanswered": got[2], "scored_on": "test, human labels",
     }  # fmt: skip
 
 
@@ -534,10 +579,11 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     args, rest = parser.parse_known_args(argv)
     given = vars(train.parse_args(rest))
     ours = {"method", "labels", "fraction", "seed", "augment", "augment_fraction", "out", "resume",
-            "plan", "gpus", "json", "timeout"} & given.keys()  # fmt: skip
+            "plan", "gpus", "json", "timeout", "parallel"} & given.keys()  # fmt: skip
     if ours:
         flag = min(ours).replace("_", "-")
-        raise UserError(f"--{flag} is set by the grid itself; allowed: train.py's other flags")
+        raise UserError(f"--{flag} is not for a grid, which sets it or does without; allowed: "
+                        "train.py's other flags")  # fmt: skip
     for flag in ("seeds", "workers", "teacher_params"):
         if getattr(args, flag) is not None and not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
@@ -559,6 +605,9 @@ def scales(args: argparse.Namespace) -> list[Scale]:
         base = sizes[-1] if data == "demo" and not args.size else sizes[0]
         own = PAPER_TEACHERS if data in TASKS else ("own",)
         teachers = tuple(map(" ".join, args.rationales or ())) or TEACHERS.get(data, own)
+        if data in BENCHMARKS and "own" in teachers:
+            raise UserError(f"--rationales own: {data} has none of its own; allowed: palm, neox, "
+                            "files")  # fmt: skip
         fractions = (0.5, 1.0) if args.quick else FRACTIONS.get(data, OTHERS)
         pools = POOLS.get(data, ())[-1 if args.quick else None :]
         made.append(Scale(data, sizes, base, teachers, fractions, pools))
@@ -595,13 +644,17 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
     quick = dict(steps=40, eval_every=20) if args.quick else {}
     runs = Runs(args.seeds or (1 if args.quick else 4), quick | given)
     where = scales(args)
-    if "weights" in given and any(len(s.sizes) > 1 for s in where) and given["weights"] != "random":
-        raise UserError(f"--weights {given['weights']} for several sizes; give one --size with it")
+    by_size = ("demo", "figure6", "figure7", "figure8", "figure9")
+    for s in where if "weights" in given else ():
+        sizes = s.sizes if args.name in by_size else [s.base]
+        if set(sizes) & SHAPES.keys() or (len(sizes) > 1 and given["weights"] != "random"):
+            raise UserError(f"--weights {given['weights']} for several sizes; give one --size "
+                            "with it")  # fmt: skip
     names = NAMES if args.name == "demo" else [args.name]
     name = args.name + "-quick" * args.quick
     root = given.get("data_root", train.Config.data_root)
     teachers = {}
-    if not {"demo", "figure6", "figure7", "figure8", "figure9"}.isdisjoint([args.name]):
+    if args.name in by_size:
         for s in where:
             try:
                 teachers[s.dataset] = teacher_row(s, root, args.teacher_params)
@@ -611,7 +664,7 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
     def grids() -> dict[tuple[str, str], list[Point]]:
         def score(s: Scale, point: Point | None) -> float | None:
             row = teachers.get(s.dataset)
-            return runs.score(point) if point else row and row["test_accuracy"]
+            return runs.score(point) if point else row and row["accuracy"]
 
         return {(n, s.dataset): grid(n, s, functools.partial(score, s))
                 for s in where for n in names}  # fmt: skip
@@ -633,15 +686,18 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
     rows = [row_of(run) for run in every if run.finished]
     left = [f"{run.out}: {pool.failed.get(run.out, 'not finished')}" for run in every
             if not run.finished]  # fmt: skip
+    if left and args.name in ("demo", "figure8", "figure9"):
+        left.append("perhaps more: the search of figures 8 and 9 waits for all sizes on all data")
     folder = write_results(name, grids(), rows + [r for r in teachers.values() if r], left)
-    print(f"{len(rows)} of {len(every)} runs are finished; {folder}/ has results.csv, table.md, "
-          "report.md and, where matplotlib is installed, figure.png")  # fmt: skip
+    print(f"{len(rows)} of {len(every)} runs are finished"
+          + (f"; {folder}/ has results.csv, table.md, report.md and, where matplotlib is "
+             "installed, figure.png" if rows else ""))  # fmt: skip
     if pool.signal:
         print("stopped; the same command goes on")
         return 128 + pool.signal
     print((folder / "table.md").read_text() if rows else "", end="")
-    for line in left:
-        print(f"FAILED {line}", file=sys.stderr)
+    for out, why in pool.failed.items():
+        print(f"FAILED {out}: {why}", file=sys.stderr)
     return 1 if left else 0
 
 

@@ -116,7 +116,7 @@ def entries(rows: Iterable[dict]) -> list[Entry]:
     for row in rows:
         points[Point(**{f: read[kind](row[f]) for f, kind in kinds.items()})].append(row)
     return [
-        Entry(p, {r.get("seed", ""): float(r["test_accuracy"]) for r in found}, found)
+        Entry(p, {r.get("seed", ""): float(r["accuracy"]) for r in found}, found)
         for p, found in points.items()
     ]
 
@@ -126,26 +126,31 @@ def find(all_of: list[Entry], **wanted) -> list[Entry]:
 
 
 def printed(name: str, p: Point) -> str:
-    """The paper's number for a point of Tables 1 and 2, which is of T5 base (220M)."""
+    """The paper's number for a point of Tables 1 and 2, which is of T5 base (220M); Table 2's are
+    with PaLM's rationales."""
     if name not in ("table1", "table2") or p.dataset not in PRINTED:
+        return ""
+    if name == "table2" and p.rationales not in ("", "palm"):
         return ""
     key = p.rationales if p.method == "step-by-step" else p.method
     number = PRINTED[p.dataset].get(key)
-    return f"{number:.2f} %" if number else ""
+    return f"{number / 100:.4f}" if number else ""
 
 
 def source(p: Point) -> str:
     """Whose rationales a point uses, in words."""
     named = {"": "none", "own": "the data's own"}
     whose = named.get(p.rationales) or ", ".join(Path(r).stem for r in p.rationales.split())
+    if p.pool and p.dataset != "demo":
+        whose += ", of asdiv the teacher's in its file"
     return whose + ", of another example" * p.shuffled
 
 
 def table(name: str, all_of: list[Entry]) -> str:
     """All entries; a column that would say the same on each line is left out."""
     heads = ["data set", "size", "parameters", "method", "labels", "rationales", "examples",
-             "steps", "seeds", "test accuracy", "standard error", "training tokens",
-             "paper's (T5 220M)"]  # fmt: skip
+             "steps", "seeds", "accuracy", "standard error", "scored on", "training tokens",
+             "the paper's (T5 220M)"]  # fmt: skip
     lines = []
     for e in all_of:
         p, first = e.point, e.rows[0]
@@ -156,14 +161,16 @@ def table(name: str, all_of: list[Entry]) -> str:
         trained = bool(first.get("run"))
         tokens = [float(r["tokens"]) for r in e.rows] if trained else []
         lines.append([
-            p.dataset, p.size, f"{e.parameters:.3g}" if e.parameters >= 1e9
-            else f"{int(e.parameters):,}", p.method, p.labels, whose, share if trained else "none",
+            p.dataset, p.size, (f"{e.parameters:.3g}" if e.parameters >= 1e9
+            else f"{int(e.parameters):,}") + " and the teacher" * (p.method == "rationale-input"),
+            p.method, p.labels, whose, share if trained else "none",
             str(first.get("steps", "")), str(len(e.rows)) if trained else "", f"{e.mean:.3f}",
-            "" if e.error is None else f"{e.error:.3f}", f"{mean(tokens):,.0f}" if tokens else "",
+            "" if e.error is None else f"{e.error:.3f}", first["scored_on"],
+            f"{mean(tokens):,.0f}" if tokens else "",
             printed(name, p),
         ])  # fmt: skip
     several = any(len(e.scores) > 1 for e in all_of)
-    always = ("test accuracy", "standard error") if several else ("test accuracy",)
+    always = ("accuracy", "standard error") if several else ("accuracy",)
     shown = [i for i, head in enumerate(heads) if head in always
              or len({line[i] for line in lines}) > 1]  # fmt: skip
     same = [f"{heads[i]} {lines[0][i]}" for i in range(len(heads))
@@ -192,11 +199,12 @@ def words(name: str, all_of: list[Entry]) -> list[str]:
         passing = [e for e in ours if best and e.mean > best.mean]
         if passing:
             least = min(passing, key=lambda e: e.point.fraction)
-            said.append(f"step-by-step passes standard on all data ({best.mean:.3f}) with "
-                        f"{100 * least.point.fraction:g} % of the examples, by {least - best}")
+            said.append(f"the mean of step-by-step is above that of standard on all data "
+                        f"({best.mean:.3f}) from {100 * least.point.fraction:g} % of the examples "
+                        f"on, there by {least - best}")  # fmt: skip
         elif best:
-            said.append(f"at no fraction does step-by-step pass standard on all data "
-                        f"({best.mean:.3f})")  # fmt: skip
+            said.append(f"at no fraction is the mean of step-by-step above that of standard on all "
+                        f"data ({best.mean:.3f})")  # fmt: skip
     if name in ("figure6", "figure7"):
         for b in find(all_of, method="step-by-step"):
             size, pool = b.point.size, b.point.pool
@@ -209,18 +217,21 @@ def words(name: str, all_of: list[Entry]) -> list[str]:
             passing = [e for e in find(all_of, method=method, labels=labels) if e.mean > teacher]
             passing.sort(key=lambda e: (e.parameters, e.point.fraction, e.point.pool))
             if not passing:
-                said.append(f"no {method} student passes {bar}")
+                said.append(f"no {method} student's mean is above {bar}")
                 continue
             least, p = passing[0], passing[0].point
             error = f" (standard error {least.error:.3f})" if least.error is not None else ""
-            said.append(f"{method} passes {bar} at {p.size} with {100 * p.fraction:g} % of the "
-                        "examples" + f" and {100 * p.pool:g} % of the unlabelled" * (p.pool > 0)
-                        + f": {least.mean:.3f}{error}")  # fmt: skip
+            more = f" and {100 * p.pool:g} % of the unlabelled" if p.pool else ""
+            said.append(f"the mean of {method} is above {bar} from {p.size} with "
+                        f"{100 * p.fraction:g} % of the examples{more} on: {least.mean:.3f}{error}")
         for pinto in find(all_of, method="rationale-input"):
             ours = find(all_of, method="step-by-step")
             passing = [e.point.size for e in ours if e.mean > pinto.mean] or ["no size"]
             said.append(f"PINTO tuning, for which the teacher is deployed too, reaches "
-                        f"{pinto.mean:.3f}; step-by-step passes it at {passing[0]}")  # fmt: skip
+                        f"{pinto.mean:.3f}; step-by-step is above it at {passing[0]}")  # fmt: skip
+        if unanswered := int(few[0].rows[0]["unanswered"]):
+            said.append(f"{unanswered} of the teacher's {few[0].rows[0]['n_test']} answers are "
+                        "missing or cannot be read, and count as wrong")  # fmt: skip
     elif name in ("figure6", "figure7", "figure8", "figure9"):
         said.append("the teacher's answers to the test split are not there, so no few-shot CoT")
     if name in ("table1", "table2", "noise"):
@@ -333,7 +344,7 @@ def write_text(path: Path, text: str) -> None:
     if path.exists() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(text)
     os.replace(beside, path)
 
@@ -389,51 +400,57 @@ def untrained(rows: list[dict]) -> bool:
 def write_results(
     name: str, grids: dict[tuple[str, str], list[Point]], rows: list[dict], not_run: list[str]
 ) -> Path:
-    """results.csv, table.md, figure.png and report.md; rows of other data sets that an earlier
-    command left in results.csv are kept, and told with these."""
+    """results.csv, table.md, figure.png and report.md. Rows that an earlier command left for other
+    data sets or sizes are kept, and told with these. Nothing is written where nothing finished."""
     folder = RESULTS / name
+    if not any(row.get("run") for row in rows):
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
-    now = {data for _, data in grids}
-    earlier = [row for row in read_csv(folder / "results.csv") if row["dataset"] not in now]
-    rows = earlier + rows
-    write_csv(folder / "results.csv", rows)
+    now = {(data, size) for (_, data), points in grids.items()
+           for size in ["teacher", *(p.size for p in points)]}  # fmt: skip
+    earlier = [row for row in read_csv(folder / "results.csv")
+               if (row["dataset"], row["size"]) not in now]  # fmt: skip
+    write_csv(folder / "results.csv", earlier + rows)
     rows = read_csv(folder / "results.csv")
     part = next(iter(grids))[0]
-    for data in dict.fromkeys(row["dataset"] for row in earlier):
-        grids[part, data] = [e.point for e in entries(rows) if e.point.dataset == data]
+    for e in entries(earlier):
+        grids.setdefault((part, e.point.dataset), []).append(e.point)
 
-    panels, tables, sections = [], [], []
+    panels, found = [], {e.point: e for e in entries(rows)}
     for (part, data), points in sorted(grids.items(), key=lambda item: NAMES.index(item[0][0])):
-        found = {e.point: e for e in entries(rows)}
-        chosen = [found[p] for p in points if p in found]
+        chosen = [found[p] for p in dict.fromkeys(points) if p in found]
         if part in ("figure6", "figure7", "figure8", "figure9"):
-            chosen += [e for e in found.values()
-                       if e.point.method == "few-shot-cot" and e.point.dataset == data
-                       and e.point not in points]  # fmt: skip
-        if not any(e.rows[0].get("run") for e in chosen):
-            continue
-        title = f"{part}, {data}: {TITLES[part]}"
-        panels.append((part, chosen, title))
-        tables.append(f"## {title}\n\n{table(part, chosen)}\n")
-        said = "\n".join(f"- {line}." for line in words(part, chosen))
-        claim = f"\n\nThe paper: {CLAIMS[part]}" if part in CLAIMS else ""
-        sections.append(f"## {title}\n\n{table(part, chosen)}\n\n{said}{claim}\n")
-    if not panels:  # nothing has finished
-        return folder
+            teacher = find([*found.values()], method="few-shot-cot", dataset=data)
+            chosen += [e for e in teacher if e not in chosen]
+        if any(e.rows[0].get("run") for e in chosen):
+            panels.append((part, chosen, f"{part}, {data}: {TITLES[part]}"))
+    tables = [f"## {title}\n\n{table(part, chosen)}\n" for part, chosen, title in panels]
     write_text(folder / "table.md", "\n".join(tables))
     drawn = figure(folder / "figure.png", panels)
+    write_text(folder / "report.md", report(name, panels, tables, rows, not_run, drawn))
+    return folder
+
+
+def report(
+    name: str, panels: list, tables: list[str], rows: list[dict], not_run: list[str], drawn: bool
+) -> str:
+    """The page of a figure or table: what was run, what the numbers say, what was not run."""
     again = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
-    notes = not_run or ["nothing that this command asks for"]
-    write_text(folder / "report.md", "\n".join([
+    page = [
         f"# {name}", "", f"`{again}`, {time.strftime('%Y-%m-%d')}", "",
         *(["![accuracies](figure.png)", ""] if drawn else []),
-        "Accuracy is on test, once, by the student that was best on valid; means over seeds with "
-        "their standard error; differences are paired by seed. Numbers called the paper's are "
-        "copied from it (T5 pretrained, PaLM 540B) and were not measured here.", "",
-        *provenance(rows), "", *sections, "## What was not run", "",
-        *(f"- {line}" for line in notes), "",
-    ]))  # fmt: skip
-    return folder
+        "Each student is the one of its run that was best on valid, scored once. Means over seeds "
+        "with their standard error, which is of seeds alone: n test examples add about "
+        "sqrt(p (1 - p) / n). Differences are paired by seed. Numbers called the paper's are "
+        "copied from it (pretrained T5; PaLM 540B, or GPT-NeoX 20B) and were not measured here.",
+        "",
+        *provenance(rows), "",
+    ]  # fmt: skip
+    for (part, chosen, _), told in zip(panels, tables):
+        page += [told, *(f"- {line}." for line in words(part, chosen)), ""]
+        page += [f"The paper: {CLAIMS[part]}", ""] if part in CLAIMS else []
+    notes = not_run or ["nothing that this command asks for"]
+    return "\n".join([*page, "## What was not run", "", *(f"- {line}" for line in notes), ""])
 
 
 def gather() -> int:
