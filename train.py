@@ -739,17 +739,17 @@ def check_files(c: Config) -> None:
             f"--local-dir weights/{name}`, or allowed: another Hugging Face T5 folder, or random "
             "(untrained)"
         )
-    answers, own = set(map(Path, teacher_files(c))), set()
+    answers, own = list(map(Path, teacher_files(c))), []
     # A folder of your own may do without test.
     tested = c.dataset in TASKS or has_split(c.dataset, "test", c.data_root)
     for split in ("train", "valid", "test") if tested else ("train", "valid"):
-        own.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
-    sources = {get_task(c.dataset).source: own - answers,
+        own += data_files(c.dataset, split, c.data_root, split_rationales(c, split))
+    sources = {get_task(c.dataset).source: [path for path in own if path not in answers],
                "teacher.py, or --rationales is mistyped": answers}  # fmt: skip
     if c.augment:
-        sources[get_task(c.augment).source] = set(data_files(c.augment, "train", c.data_root))
+        sources[get_task(c.augment).source] = data_files(c.augment, "train", c.data_root)
     for source, paths in sources.items():
-        if lost := sorted(str(path) for path in paths if not path.is_file()):
+        if lost := [str(path) for path in dict.fromkeys(paths) if not path.is_file()]:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             missing.append(f"{', '.join(lost[:3])}{more}: No such file; from {source}")
     if missing:
