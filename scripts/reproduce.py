@@ -370,7 +370,8 @@ def kill(pid: int) -> None:
     with contextlib.suppress(OSError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             kill(int(child))
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 class Pool:
@@ -418,76 +419,79 @@ class Pool:
     def log(self, run: Run) -> Path:
         return self.logs / f"{run.out.name}.log"
 
-    def ended(self, run: Run, status: int, todo: list[Run]) -> str:
+    def ended(self, run: Run, status: int) -> str:
         """One line for a process that has ended; puts its run back where that may help."""
         if run.finished:
+            self.clock.add(asdict(run.config), run.out)
             return f"{accuracy(run):.4f}  {run.out} ({duration(seconds(run.out))})"
         said = self.log(run).read_bytes()[self.logged[run.out] :]
         lines = said.decode(errors="replace").splitlines()
         why = next((line for line in reversed(lines) if line.startswith("error:")), None)
         why = why or (lines[-1] if lines else "no output")
         if status == 2 and "in use by another process" in why:
-            todo.append(run)
+            self.todo.append(run)
             return f"is run by another process: {run.out}"
         if status != 2 and self.tries[run.out] < self.TRIES:
-            todo.append(run)
+            self.todo.append(run)
             return f"ended with status {status}, is started again: {run.out} ({why})"
         self.failed[run.out] = f"status {status}: {why}"
         return f"FAILED with status {status}: {run.out}: {why}; all of it is in {self.log(run)}"
 
-    def work(self, todo: list[Run]) -> None:
-        """Until all are finished or have failed, or a signal has come: then the runs save their
-        state and leave; a second signal does not wait for that."""
-        todo, total, done, running = list(todo), len(todo), 0, {}
+    def say(self, line: str) -> None:
+        left = self.todo + [run for run, _ in self.running.values()]
+        time_left = f"; left: {self.clock.left(left, self.workers)}" if left else ""
+        print(f"[{self.total - len(left)}/{self.total}] {line}{time_left}", flush=True)
 
-        def note(number: int, _) -> None:
-            for process in running:
-                with contextlib.suppress(ProcessLookupError):
-                    if self.signal:
-                        kill(process.pid)
-                    else:
-                        process.terminate()
-            if not self.signal and running:
-                print("stopping; the runs save their state first", flush=True)
-            self.signal = self.signal or number
+    def start_some(self) -> None:
+        """As many as there is room for; others may run, or have run, some of them meanwhile."""
+        for run in list(self.todo):
+            if run.finished:
+                self.todo.remove(run)
+                self.say(f"finished by another process: {run.out}")
+            elif in_use(run.out):
+                if run.out not in self.waiting:
+                    self.say(f"is run by another process: {run.out}")
+                self.waiting.add(run.out)
+            elif not self.free or self.needs(run) > len(self.free):
+                break
+            else:
+                self.todo.remove(run)
+                process, taken = self.start(run)
+                self.running[process] = run, taken
+                if self.signal:  # it came while the process was started
+                    process.terminate()
 
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        waiting = set()
-        while running or (todo and not self.signal):
-            for run in [] if self.signal else list(todo):
-                if run.finished:
-                    todo.remove(run)
-                    done += 1
-                    print(f"[{done}/{total}] finished by another process: {run.out}", flush=True)
-                elif in_use(run.out):
-                    if run.out not in waiting:
-                        waiting.add(run.out)
-                        print(f"is run by another process: {run.out}", flush=True)
-                elif not self.free:
-                    break
-                elif self.needs(run) > len(self.free):
-                    break
+    def note(self, number: int, _) -> None:
+        """The first signal lets the runs save their state and leave; a second does not wait."""
+        for process in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                if self.signal:
+                    kill(process.pid)
                 else:
-                    todo.remove(run)
-                    process, taken = self.start(run)
-                    running[process] = run, taken
-                    if self.signal:  # it came while the process was started
-                        process.terminate()
-            for process in [p for p in running if p.poll() is not None]:
-                run, taken = running.pop(process)
-                self.free += taken
-                if self.signal and not run.finished:
-                    continue
-                line = self.ended(run, process.returncode, todo)
-                if run.finished:
-                    self.clock.add(asdict(run.config), run.out)
-                done += run not in todo
-                left = todo + [run for run, _ in running.values()]
-                print(f"[{done}/{total}] {line}; left: {self.clock.left(left, self.workers)}"
-                      if left else f"[{done}/{total}] {line}", flush=True)  # fmt: skip
-            time.sleep(0.1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                    process.terminate()
+        if not self.signal and self.running:
+            print("stopping; the runs save their state first", flush=True)
+        self.signal = self.signal or number
+
+    def work(self, runs: list[Run]) -> None:
+        """Until all have finished or failed, or a signal has come."""
+        self.todo, self.total, self.running, self.waiting = list(runs), len(runs), {}, set()
+        before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.running or (self.todo and not self.signal):
+                if not self.signal:
+                    self.start_some()
+                for process in [p for p in self.running if p.poll() is not None]:
+                    run, taken = self.running.pop(process)
+                    self.free += taken
+                    if run.finished or not self.signal:
+                        self.say(self.ended(run, process.returncode))
+                time.sleep(0.1)
+        finally:  # whatever happened, no run is left behind
+            for process in self.running:
+                process.terminate()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------------- results
