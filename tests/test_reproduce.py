@@ -19,7 +19,7 @@ from conftest import REAL, ROOT, command, environment, read_jsonl, run
 from scripts import reproduce, tables
 
 SCRIPT = ROOT / "scripts" / "reproduce.py"
-FEW = "--steps 16 --lr 2e-3 --batch-size 6 --eval-every 8 --size tiny --seeds 2".split()
+FEW = "--steps 16 --lr 2e-3 --batch-size 6 --eval-every 8 --workers 2 --size tiny --seeds 2".split()
 
 
 def rows_of(folder: Path) -> list[dict]:
