@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -50,6 +49,7 @@ from data import (  # noqa: E402
 )
 from eval import rationale_source  # noqa: E402
 from scripts.tables import (  # noqa: E402
+    BESIDE_TEACHER,
     BOTH,
     INPUTS,
     NAMES,
@@ -57,6 +57,7 @@ from scripts.tables import (  # noqa: E402
     TITLES,
     Point,
     gather,
+    without_seed,
     write_results,
     write_text,
 )
@@ -283,6 +284,7 @@ class Runs:
 
 
 def result(run: Run) -> dict:
+    """Of a finished run: its `result.json`."""
     return json.loads((run.out / "result.json").read_text())
 
 
@@ -308,8 +310,7 @@ class Clock:
 
     def kinds(self, config: dict) -> list[tuple]:
         """From the closest to the widest."""
-        weights = re.sub(r"-seed-\d+$", "", config["weights"])
-        size, dataset = (config["size"], weights), config["dataset"]
+        size, dataset = (config["size"], without_seed(config["weights"])), config["dataset"]
         return [(*size, dataset, config["method"]), (*size, config["method"]), size]
 
     def add(self, config: dict, out: Path) -> None:
@@ -332,6 +333,7 @@ class Clock:
 
 
 def duration(seconds: float) -> str:
+    """In words."""
     if seconds < 3600:
         return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h"
@@ -510,6 +512,7 @@ def n_parameters(size: str, weights: str) -> int:
 
 @functools.cache
 def n_examples(dataset: str, root: str) -> int:
+    """Of the whole training split."""
     return len(load_dataset(dataset, "train", root))
 
 
@@ -648,7 +651,7 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
     quick = dict(steps=40, eval_every=20) if args.quick else {}
     runs = Runs(args.seeds or (1 if args.quick else 4), quick | given)
     where = scales(args)
-    by_size = ("demo", "figure6", "figure7", "figure8", "figure9")
+    by_size = ("demo", *BESIDE_TEACHER)
     for s in where if "weights" in given else ():
         sizes = s.sizes if args.name in by_size else [s.base]
         if set(sizes) & SHAPES.keys() or (len(sizes) > 1 and given["weights"] != "random"):

@@ -6,6 +6,7 @@ runs are found or started: `reproduce.py` hands it rows.
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -23,7 +24,8 @@ from dsbs import METHODS
 
 RESULTS, INPUTS = Path("results"), Path("results/inputs")
 BOTH = ("standard", "step-by-step")
-NAMES = [f"figure{i}" for i in range(4, 10)] + ["table1", "table2", "noise"]
+BESIDE_TEACHER = ("figure6", "figure7", "figure8", "figure9")  # students and few-shot CoT
+NAMES = ["figure4", "figure5", *BESIDE_TEACHER, "table1", "table2", "noise"]
 
 # What the paper prints: Tables 1 and 2, T5 of 220M, human labels; and Section 4's sentences.
 PRINTED = {
@@ -122,6 +124,7 @@ def entries(rows: Iterable[dict]) -> list[Entry]:
 
 
 def find(all_of: list[Entry], **wanted) -> list[Entry]:
+    """Those whose points have these fields."""
     return [e for e in all_of if all(getattr(e.point, k) == v for k, v in wanted.items())]
 
 
@@ -154,7 +157,6 @@ def table(name: str, all_of: list[Entry]) -> str:
     lines = []
     for e in all_of:
         p, first = e.point, e.rows[0]
-        whose = source(p)
         share = f"{100 * p.fraction:g} % ({int(first['examples']):,})"
         if p.pool:
             share += f", with {100 * p.pool:g} % of the unlabelled"
@@ -163,7 +165,7 @@ def table(name: str, all_of: list[Entry]) -> str:
         lines.append([
             p.dataset, p.size, (f"{e.parameters:.3g}" if e.parameters >= 1e9
             else f"{int(e.parameters):,}") + " and the teacher" * (p.method == "rationale-input"),
-            p.method, p.labels, whose, share if trained else "none",
+            p.method, p.labels, source(p), share if trained else "none",
             str(first.get("steps", "")), str(len(e.rows)) if trained else "", f"{e.mean:.3f}",
             "" if e.error is None else f"{e.error:.3f}", first["scored_on"],
             f"{mean(tokens):,.0f}" if tokens else "",
@@ -183,8 +185,6 @@ def table(name: str, all_of: list[Entry]) -> str:
 def words(name: str, all_of: list[Entry]) -> list[str]:
     """What the numbers of one data set say, in plain sentences."""
     said = []
-    few = find(all_of, method="few-shot-cot")
-    labels = "human" if name in ("figure4", "figure6", "figure8") else "teacher"
     full = find(all_of, fraction=1.0, pool=0.0)
 
     def one(method: str, **more) -> Entry | None:
@@ -211,29 +211,8 @@ def words(name: str, all_of: list[Entry]) -> list[str]:
             for a in find(all_of, method="standard", size=size, pool=pool):
                 said.append(f"at {size}{', with the unlabelled examples' * (pool > 0)}, "
                             f"step-by-step less standard: {b - a}")  # fmt: skip
-    if name in ("figure6", "figure7", "figure8", "figure9") and few:
-        teacher, bar = few[0].mean, f"the teacher's few-shot CoT ({few[0].mean:.3f})"
-        for method in BOTH:
-            passing = [e for e in find(all_of, method=method, labels=labels) if e.mean > teacher]
-            passing.sort(key=lambda e: (e.parameters, e.point.fraction, e.point.pool))
-            if not passing:
-                said.append(f"no {method} student's mean is above {bar}")
-                continue
-            least, p = passing[0], passing[0].point
-            error = f" (standard error {least.error:.3f})" if least.error is not None else ""
-            more = f" and {100 * p.pool:g} % of the unlabelled" if p.pool else ""
-            said.append(f"the mean of {method} is above {bar} from {p.size} with "
-                        f"{100 * p.fraction:g} % of the examples{more} on: {least.mean:.3f}{error}")
-        for pinto in find(all_of, method="rationale-input"):
-            ours = find(all_of, method="step-by-step")
-            passing = [e.point.size for e in ours if e.mean > pinto.mean] or ["no size"]
-            said.append(f"PINTO tuning, for which the teacher is deployed too, reaches "
-                        f"{pinto.mean:.3f}; step-by-step is above it at {passing[0]}")  # fmt: skip
-        if unanswered := int(few[0].rows[0]["unanswered"]):
-            said.append(f"{unanswered} of the teacher's {few[0].rows[0]['n_test']} answers are "
-                        "missing or cannot be read, and count as wrong")  # fmt: skip
-    elif name in ("figure6", "figure7", "figure8", "figure9"):
-        said.append("the teacher's answers to the test split are not there, so no few-shot CoT")
+    if name in BESIDE_TEACHER:
+        said += beside_teacher(all_of, "human" if name in ("figure6", "figure8") else "teacher")
     if name in ("table1", "table2", "noise"):
         plain = one("standard")
         for e in all_of:
@@ -246,6 +225,34 @@ def words(name: str, all_of: list[Entry]) -> list[str]:
         tokens = [mean(float(r["tokens"]) for r in e.rows) for e in (plain, right)]
         said.append(f"training with rationales reads and writes {tokens[1] / tokens[0]:.1f} times "
                     "the tokens of labels alone")  # fmt: skip
+    return said
+
+
+def beside_teacher(all_of: list[Entry], labels: str) -> list[str]:
+    """Which students pass the teacher's few-shot CoT, and PINTO tuning."""
+    few = find(all_of, method="few-shot-cot")
+    if not few:
+        return ["the teacher's answers to the test split are not there, so no few-shot CoT"]
+    said, bar = [], f"the teacher's few-shot CoT ({few[0].mean:.3f})"
+    for method in BOTH:
+        passing = [e for e in find(all_of, method=method, labels=labels) if e.mean > few[0].mean]
+        if not passing:
+            said.append(f"no {method} student's mean is above {bar}")
+            continue
+        least = min(passing, key=lambda e: (e.parameters, e.point.fraction, e.point.pool))
+        p, error = least.point, least.error
+        more = f" and {100 * p.pool:g} % of the unlabelled" if p.pool else ""
+        said.append(f"the mean of {method} is above {bar} from {p.size} with "
+                    f"{100 * p.fraction:g} % of the examples{more} on: {least.mean:.3f}"
+                    + ("" if error is None else f" (standard error {error:.3f})"))  # fmt: skip
+    for pinto in find(all_of, method="rationale-input"):
+        ours = find(all_of, method="step-by-step")
+        passing = [e.point.size for e in ours if e.mean > pinto.mean] or ["no size"]
+        said.append(f"PINTO tuning, for which the teacher is deployed too, reaches "
+                    f"{pinto.mean:.3f}; step-by-step is above it at {passing[0]}")  # fmt: skip
+    if unanswered := int(few[0].rows[0]["unanswered"]):
+        said.append(f"{unanswered} of the teacher's {few[0].rows[0]['n_test']} answers are "
+                    "missing or cannot be read, and count as wrong")  # fmt: skip
     return said
 
 
@@ -350,6 +357,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_csv(path: Path) -> list[dict]:
+    """Its rows, all values as texts; none where there is no file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -357,13 +365,13 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
+    """A row a dict, with a column for each key that any of them has."""
+    text = io.StringIO()
     heads = list(dict.fromkeys(key for row in rows for key in row))
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", newline="") as file:
-        writer = csv.DictWriter(file, heads)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(beside, path)
+    writer = csv.DictWriter(text, heads, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def provenance(rows: list[dict]) -> list[str]:
@@ -374,13 +382,14 @@ def provenance(rows: list[dict]) -> list[str]:
         with contextlib.suppress(OSError, ValueError):
             files |= json.loads(Path(row["run"], "run.json").read_text())["data_sha256"]
     several = lambda key: ", ".join(sorted({str(row[key]) for row in trained}))  # noqa: E731
-    weights = sorted({re.sub(r"-seed-\d+$", "", row["weights"]) for row in trained})
+    weights = sorted({without_seed(row["weights"]) for row in trained})
+    untrained = any(w == "random" or Path(w).is_relative_to(INPUTS) for w in weights)
     return [
         f"- {len(trained)} runs, seeds {several('seed')}; torch {several('torch')}; commit "
         f"{several('git_sha')}; {sum(float(row['seconds']) for row in trained) / 3600:.2f} hours "
         "of runs in all",
         f"- started from: {', '.join(weights)}"
-        + (" (random and `results/inputs/*`: untrained)" if untrained(trained) else ""),
+        + " (random and `results/inputs/*`: untrained)" * untrained,
         "- sha256 of the data, first 12 digits: "
         + ", ".join(f"{near(path)} {str(digest)[:12]}" for path, digest in sorted(files.items())),
         *["- the bundled task's teacher is a script without parameters; its place on the axis of "
@@ -393,8 +402,9 @@ def near(path: str) -> str:
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
-def untrained(rows: list[dict]) -> bool:
-    return any(row.get("weights", "").startswith((str(INPUTS), "random")) for row in rows)
+def without_seed(weights: str) -> str:
+    """Untrained weights in `results/inputs` are named after their size and seed."""
+    return re.sub(r"-seed-\d+$", "", weights)
 
 
 def write_results(
@@ -405,7 +415,6 @@ def write_results(
     folder = RESULTS / name
     if not any(row.get("run") for row in rows):
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     now = {(data, size) for (_, data), points in grids.items()
            for size in ["teacher", *(p.size for p in points)]}  # fmt: skip
     earlier = [row for row in read_csv(folder / "results.csv")
@@ -419,7 +428,7 @@ def write_results(
     panels, found = [], {e.point: e for e in entries(rows)}
     for (part, data), points in sorted(grids.items(), key=lambda item: NAMES.index(item[0][0])):
         chosen = [found[p] for p in dict.fromkeys(points) if p in found]
-        if part in ("figure6", "figure7", "figure8", "figure9"):
+        if part in BESIDE_TEACHER:
             teacher = find([*found.values()], method="few-shot-cot", dataset=data)
             chosen += [e for e in teacher if e not in chosen]
         if any(e.rows[0].get("run") for e in chosen):
