@@ -125,7 +125,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         ours = self.server_of_ours
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        length = int(self.headers.get("Content-Length", 0))
+        if len(raw := self.rfile.read(length)) < length:
+            return  # a client killed before it had sent its body asked nothing
+        body = json.loads(raw or "{}")
         question = question_of(body) if body else ""
         with ours.lock:
             ours.attempts[question] += 1
