@@ -113,8 +113,9 @@ print(peak - base)
 def test_simulated_memory_is_a_real_process_s(recompute):
     """Within a tenth, without dropout (whose masks the CPU keeps in four bytes, CUDA in one)."""
     code = REAL.replace("RECOMPUTE", str(recompute))
+    env = environment(MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="2")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env=environment(MALLOC_MMAP_THRESHOLD_="65536"))  # fmt: skip
+                          env=env)  # fmt: skip
     real = float(done.stdout)
     config = T5Config.preset("small", dropout_rate=0.0, num_layers=3, num_decoder_layers=3)
     c = train.Config(precision="fp32", recompute=recompute, micro_batch=2, batch_size=2,
