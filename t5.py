@@ -29,6 +29,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from torch.overrides import TorchFunctionMode
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_LEGACY_BYTES = 5_000_000_000
+REOPEN_BYTES = 16_000_000
 
 # The published v1.1 checkpoints, and a tiny one for the bundled task.
 PRESETS: dict[str, dict] = {
@@ -564,12 +566,9 @@ class T5(nn.Module):
         # transformers >= 5 writes tie_word_embeddings = true whatever is true: ask the tensors.
         if config.tie_word_embeddings and head and shared:
             config.tie_word_embeddings = same(head, shared)
-        with torch.device("meta"), Uninitialised():
+        with torch.device("meta" if prepare else "cpu"), Uninitialised():
             model = cls(config)
-        if prepare:
-            load_weights(model, readers, folder, prepare(model))
-        else:
-            load_weights(model.to_empty(device="cpu"), readers, folder)
+        load_weights(model, readers, folder, prepare(model) if prepare else whole)
         return model.eval()
 
     def save_pretrained(
@@ -688,8 +687,8 @@ def read_config(folder: Path) -> T5Config:
 
 
 class Uninitialised(TorchFunctionMode):
-    """Modules are made without drawing their weights: on the meta device, where there is nothing
-    to fill, torch would import its compiler for that (0.7 s)."""
+    """Modules are made without drawing their weights, which will be read; on the meta device torch
+    would import its compiler for it (0.7 s)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (nn.init.normal_, nn.init.kaiming_uniform_):
@@ -765,14 +764,21 @@ def open_checkpoint(folder: Path) -> dict[str, Stored]:
 def read_file(path: Path) -> Iterator[tuple[str, Stored]]:
     """(name, what is stored) of each tensor in one weight file."""
     if path.suffix == ".safetensors":
-        # Opened anew for each tensor: what is mapped no longer does not count as used memory.
-        slice_of = lambda name: safe_open(path, framework="pt").get_slice(name)  # noqa: E731
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():
-                part = handle.get_slice(name)
-                shape = tuple(part.get_shape())
-                dtype = (part[:1] if shape else handle.get_tensor(name)).dtype
-                yield name, Stored(shape, dtype, lambda i, j, name=name: slice_of(name)[i:j])
+        handle, used = safe_open(path, framework="pt"), 0
+
+        def rows(name: str, i: int, j: int) -> Tensor:
+            nonlocal handle, used
+            if used > REOPEN_BYTES:  # what was mapped and read counts as used memory
+                handle, used = safe_open(path, framework="pt"), 0
+            part = handle.get_slice(name)[i:j]
+            used += part.nbytes
+            return part
+
+        for name in handle.keys():
+            part = handle.get_slice(name)
+            shape = tuple(part.get_shape())
+            dtype = (part[:1] if shape else handle.get_tensor(name)).dtype
+            yield name, Stored(shape, dtype, partial(rows, name))
         return
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # torch >= 1.6; only these can be memory-mapped
