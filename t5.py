@@ -190,11 +190,26 @@ class RMSNorm(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T: (..., in), (out, in) -> (..., out). For the few rows of a decoding step, a CPU is
-    faster with the weights first."""
-    if x.dim() == 2 and len(x) <= 64 and x.device.type == "cpu" and not torch.is_grad_enabled():
-        return (weight @ x.t()).t()
+    """x W^T: (..., in), (out, in) -> (..., out).
+
+    To predict, a CPU has two faster ways: oneDNN, whose tensors have a layout of their own, where
+    the product is large enough to repay the copies; and for the few rows of a decoding step
+    weights first.
+    """
+    if x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
+        if len(x) * weight.numel() >= 2**23 and one_dnn(x, weight):
+            return F.linear(x.to_mkldnn(), weight).to_dense()
+        if len(x) <= 64:
+            return (weight @ x.t()).t()
     return F.linear(x, weight)
+
+
+def one_dnn(x: Tensor, weight: Tensor) -> bool:
+    """Can oneDNN multiply them, and does it pay? Not for narrow weights (x1.2), not for bf16, nor
+    for tensors without contents, as in a plan."""
+    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    wide = weight.shape[1] > 256
+    return wide and float32 and type(x) is Tensor and torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):

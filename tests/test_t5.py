@@ -337,6 +337,20 @@ def test_logits_at_wanted_places_alone_are_those_of_all(config):
     assert none.shape == (0, config.vocab_size)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 64, 65, 700])
+@pytest.mark.parametrize("shape", [(384, 512), (1024, 512), (512, 1024), (96, 128)])
+def test_a_product_is_the_same_whichever_way_it_takes(rows, shape):
+    """Narrow and wide, few rows and many: against float64; bf16 under autocast as without us."""
+    x, weight = torch.randn(rows, shape[1]), torch.randn(shape)
+    with torch.no_grad():
+        got = t5.linear(x, weight)
+        torch.testing.assert_close(got.double(), x.double() @ weight.double().t(),
+                                   atol=3e-4, rtol=0)  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16):
+            assert t5.linear(x, weight).dtype == torch.bfloat16
+    assert got.layout == torch.strided and t5.linear(x.view(1, rows, -1), weight).shape[0] == 1
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
 def test_places_are_packed_and_unpacked(share):
     torch.manual_seed(0)
