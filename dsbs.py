@@ -112,9 +112,9 @@ def multitask_loss(
 
     logits (B, T, V) of any float type, labels (B, T) int64 with -100 where there is no target,
     tasks (B,) 0 for label and 1 for rationale rows; or targets alone, (M, V), (M,) and (M,).
-    counts (2,): each task's target tokens in the
-    *whole* step. Three float32 scalars; over all micro-batches and ranks of a step they add up to
-    the step's losses, and so do their gradients, however the step was split.
+    counts (2,): each task's target tokens in the *whole* step. Three float32 scalars; over all
+    micro-batches and ranks of a step they add up to the step's losses, and so do their gradients,
+    however the step was split.
 
     The paper averages over examples (the 1/N of Eq. 1 and 4), where the released code's
     cross-entropy averages over target tokens. We do the latter, exactly: each task's sum over
