@@ -90,24 +90,24 @@ def test_many_train_like_one(alone, small_task, tied, tmp_path, parallel, proces
 
 
 def test_resumed_at_other_numbers_of_processes(alone, small_task, tied, tmp_path):
-    """4 -> 2 -> 1 -> 4, killed in between; FSDP where there are several."""
+    """4 -> 1 -> 2, killed in between; FSDP where there are several."""
     out = tmp_path / "r"
     words = ["train.py", "--dataset", small_task, "--out", out, *SAME, "--dropout", "0",
              "--weights", tied, "--resume"]  # fmt: skip
-    for processes, step in ((4, 3), (2, 6), (1, 9)):
+    for processes, step in ((4, 3), (1, 6)):
         more = ["--parallel", "fsdp"] if processes > 1 else []
         process = start(*words, *more, processes=processes)
         wait_for_step(out, step + 1, process)
         kill(process)
         assert saved_state(out)["step"] >= step
-    run(*words, "--parallel", "fsdp", processes=4)
+    run(*words, "--parallel", "fsdp", processes=2)
     close(alone / "tied", out)
 
 
 def test_killed_and_resumed_gives_the_same_bits(small_task, tmp_path):
     """FSDP, with dropout; one rank alone is killed at a random moment, then all of them. (DDP:
     test_train.py.)"""
-    words, processes = ["--parallel", "fsdp"], 3
+    words, processes = ["--parallel", "fsdp"], 2
     train(small_task, tmp_path / "whole", *SAME, *words, processes=processes)
     out, dice = tmp_path / "cut", random.Random(4)
     words = ["train.py", "--dataset", small_task, "--out", out, *SAME, *words, "--resume"]

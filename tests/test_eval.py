@@ -83,15 +83,15 @@ def test_each_source_once_and_in_order(students):
 
 
 def test_world_size_does_not_change_predictions(students, small_task, tmp_path):
-    """Seven examples on 1, 2 and 3 processes: every one scored once, in the data set's order."""
+    """Seven examples on 1 and 3 processes: every one scored once, in the data set's order."""
     student = students / "step-by-step" / "best"
     texts = []
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         out = tmp_path / f"{processes}.jsonl"
         done = run("eval.py", student, "--out", out, processes=processes)
         assert jsonl_of(done.stdout)[-1]["n"] == 7
         texts.append(out.read_text())
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
     test = load_dataset(str(small_task), "test")
     assert [row["id"] for row in jsonl_of(texts[0])] == [e.id for e in test]
 

@@ -327,23 +327,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_task, tmp_path):
 # ---------------------------------------------------------------------------- several processes
 
 
-def test_two_processes_train_like_one(small_task, tmp_path):
-    """Losses to 1e-5 and gradient norms to 1e-4, dropout off: ragged batches, accumulation, and a
-    rank without rows of a task (4 rows in a micro-batch, 2 tasks, rationales longer)."""
-    base = ["train.py", "--dataset", small_task, *QUICK, "--dropout", "0", "--lr", "5e-5"]
-    for processes in (1, 2):
-        run(*base, "--out", tmp_path / str(processes), processes=processes)
-    one, two = (read_jsonl(tmp_path / n / "metrics.jsonl") for n in "12")
-    for a, b in zip(one, two, strict=True):
-        assert b["label_loss"] == pytest.approx(a["label_loss"], rel=1e-5)
-        assert b["rationale_loss"] == pytest.approx(a["rationale_loss"], rel=1e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    results = [json.loads((tmp_path / n / "result.json").read_text()) for n in "12"]
-    assert results[0] == results[1]
-    texts = [(tmp_path / n / "predictions.jsonl").read_text() for n in "12"]
-    assert texts[0] == texts[1]
-
-
 def test_parallel_none_under_torchrun_is_refused(small_task, tmp_path):
     done = run("train.py", "--dataset", small_task, "--parallel", "none", "--out", tmp_path / "r",
                processes=2, check=1)  # fmt: skip
