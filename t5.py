@@ -205,8 +205,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def one_dnn(x: Tensor, weight: Tensor) -> bool:
-    """Can oneDNN multiply them, and does it pay? Not for narrow weights (x1.2), not for bf16, nor
-    for tensors without contents, as in a plan."""
+    """Can oneDNN multiply them, and does it pay? Not for narrow weights, not under bf16, nor for
+    tensors without contents, as in a plan."""
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     wide = weight.shape[1] > 256
     return wide and float32 and type(x) is Tensor and torch.backends.mkldnn.is_available()

@@ -84,8 +84,8 @@ def test_many_train_like_one(alone, small_task, tied, tmp_path, parallel, proces
         one, many = (T5.from_pretrained(p / name) for p in (alone / head, tmp_path / "r"))
         for (key, a), b in zip(one.named_parameters(), many.parameters()):
             assert torch.allclose(a, b, atol=2e-5), key
-    a, b = (p / "predictions.jsonl" for p in (alone / head, tmp_path / "r"))
-    assert a.read_text() == b.read_text(), "every example once, in order"
+    for name in ("predictions.jsonl", "result.json"):  # every example once, in order
+        assert (alone / head / name).read_text() == (tmp_path / "r" / name).read_text()
     assert not list((tmp_path / "r" / "state").glob("best-*"))
 
 
@@ -104,10 +104,10 @@ def test_resumed_at_other_numbers_of_processes(alone, small_task, tied, tmp_path
     close(alone / "tied", out)
 
 
-def test_killed_and_resumed_gives_the_same_bits(small_task, tmp_path):
-    """FSDP, with dropout; one rank alone is killed at a random moment, then all of them. (DDP:
-    test_train.py.)"""
-    words, processes = ["--parallel", "fsdp"], 2
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_killed_and_resumed_gives_the_same_bits(small_task, tmp_path, parallel):
+    """With dropout; one rank alone is killed at a random moment, then all of them."""
+    words, processes = ["--parallel", parallel], 2
     train(small_task, tmp_path / "whole", *SAME, *words, processes=processes)
     out, dice = tmp_path / "cut", random.Random(4)
     words = ["train.py", "--dataset", small_task, "--out", out, *SAME, *words, "--resume"]
