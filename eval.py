@@ -9,7 +9,6 @@ nothing of optimizers or training state.
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -105,8 +104,18 @@ def processes(device: torch.device, timeout: float = 1800) -> Iterator[None]:
     except BaseException:
         dist.destroy_process_group()
         raise
-    gc.collect()  # a DDP model still held by a cycle would take the group's threads with it,
-    dist.destroy_process_group()  # and abort the interpreter as it shuts down
+    dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the program, and a rank at once: in the interpreter's own shutdown a thread of gloo that
+    still lets go of a collective's tensor aborts the process, and so the whole job, now and then
+    (https://github.com/pytorch/pytorch/issues/190489)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def fresh_store(store: dist.Store, rank: int, world: int, deadline: float) -> dist.Store:
@@ -420,4 +429,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -65,7 +65,16 @@ from data import (
     tokenize_rows,
 )
 from dsbs import METHODS, PREFIXES, make_rows, multitask_loss, wanted_label
-from eval import NAMED, Student, autocast, choose_device, print0, processes, rank_and_world
+from eval import (
+    NAMED,
+    Student,
+    autocast,
+    choose_device,
+    leave,
+    print0,
+    processes,
+    rank_and_world,
+)
 from t5 import T5, T5Config, load_weights, open_checkpoint, read_config, shift_right, write_json
 
 HERE = Path(__file__).parent
@@ -1200,4 +1209,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,6 +1,5 @@
 """A student that is no T5: what a fork has to bring, and nothing more. Run by test_train.py."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -48,4 +47,4 @@ class Recurrent(nn.Module):
 
 evaluation.STUDENT = Recurrent
 if __name__ == "__main__":
-    sys.exit(train.main())
+    evaluation.leave(train.main())
