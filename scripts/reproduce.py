@@ -65,7 +65,7 @@ from scripts.tables import (  # noqa: E402
 DEMO = Path(os.path.relpath(HERE / "demo"))
 BENCHMARKS = ["esnli", "anli1", "cqa", "svamp"]
 
-# The paper's fractions are only in its pictures. 12.5 % and 0.1 % of e-SNLI are in its text.
+# Most of the paper's fractions are only in its pictures; its text has e-SNLI's 12.5 and 0.1 %.
 FRACTIONS = {
     "esnli": (0.001, 0.01, 0.125, 0.25, 0.5, 0.75, 1.0),
     "demo": (0.125, 0.25, 0.5, 1.0),  # so that all of it fits two hours on two cores
@@ -80,6 +80,7 @@ POOLS = {"svamp": (0.25, 0.5, 0.75, 1.0), "demo": (1.0,)}
 ASDIV = "teacher/asdiv.train.jsonl"
 TEACHERS = {"demo": ("own", str(DEMO / "weak.jsonl"))}
 PAPER_TEACHERS = ("palm", "neox")
+BY_SIZE = (*BESIDE_TEACHER, "demo")  # grids of several sizes
 
 
 # ----------------------------------------------------------------------------------- the grids
@@ -213,7 +214,7 @@ def configure(p: Point, seed: int, given: dict, shuffle: Callable = shuffled) ->
     if p.shuffled:
         flags["rationales"] = [str(shuffle(p.dataset, p.rationales, root))]
     elif p.rationales not in ("", "own"):
-        flags["rationales"] = [r for r in p.rationales.split() if r != ASDIV]
+        flags["rationales"] = p.rationales.split()
     if p.pool and p.dataset == "demo":
         flags["dataset"] = str(with_pool(p.pool))
     elif p.pool:
@@ -323,12 +324,13 @@ class Clock:
         kinds = [kind for kind in self.kinds(asdict(run.config)) if kind in self.times]
         return median(self.times[kinds[0]]) * run.config.steps if kinds else None
 
-    def left(self, runs: list[Run], workers: int) -> str:
+    def left(self, runs: list[Run], shares: list[float]) -> str:
+        """In words; `shares`: what part of the machine each run takes."""
         costs = [self.cost(run) for run in runs]
-        known = [cost for cost in costs if cost is not None]
+        known = [cost * share for cost, share in zip(costs, shares) if cost is not None]
         if not known:
             return "time unknown, since no run of these sizes has finished here"
-        guess = sum(known) * len(costs) / len(known) / workers
+        guess = sum(known) * len(costs) / len(known)
         return f"about {duration(guess)}" + ", guessed in part" * (len(known) < len(costs))
 
 
@@ -382,21 +384,25 @@ class Pool:
     TRIES = 3
 
     def __init__(self, workers: int | None, clock: Clock, logs: Path):
-        gpus = devices()
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         cores = len(cores(0))
-        self.workers = workers or len(gpus) or cores
-        self.free = gpus[: self.workers] if gpus else [""] * self.workers
-        self.workers = len(self.free)
+        self.free = devices() or [""] * (workers or cores)
+        self.places = len(self.free)
+        self.workers = min(workers or self.places, self.places)
         self.threads = max(1, cores // self.workers)
         self.clock, self.logs = clock, logs
         self.tries, self.failed, self.logged = Counter(), {}, {}
         self.signal = 0
 
     def needs(self, run: Run) -> int:
-        """Workers: all GPUs for a model that does not fit one."""
-        on_gpu = run.config.device == "cuda"
-        return self.workers if on_gpu and not train.fits(run.config, torch.device("cuda")) else 1
+        """Places: all GPUs for a model that does not fit one."""
+        on_gpu = run.config is not None and run.config.device == "cuda"
+        return self.places if on_gpu and not train.fits(run.config, torch.device("cuda")) else 1
+
+    def left(self, runs: list[Run]) -> str:
+        """How long these may take, in words."""
+        shares = [max(self.needs(run) / self.places, 1 / self.workers) for run in runs]
+        return self.clock.left(runs, shares)
 
     def start(self, run: Run) -> tuple[subprocess.Popen, list[str]]:
         taken = [self.free.pop(0) for _ in range(self.needs(run))]
@@ -430,7 +436,7 @@ class Pool:
         lines = said.decode(errors="replace").splitlines()
         why = next((line for line in reversed(lines) if line.startswith("error:")), None)
         why = why or (lines[-1] if lines else "no output")
-        if status == 2 and "in use by another process" in why:
+        if "in use by another process" in why:
             self.todo.append(run)
             return f"is run by another process: {run.out}"
         if status != 2 and self.tries[run.out] < self.TRIES:
@@ -441,7 +447,7 @@ class Pool:
 
     def say(self, line: str) -> None:
         left = self.todo + [run for run, _ in self.running.values()]
-        time_left = f"; left: {self.clock.left(left, self.workers)}" if left else ""
+        time_left = f"; left: {self.left(left)}" if left else ""
         print(f"[{self.total - len(left)}/{self.total}] {line}{time_left}", flush=True)
 
     def start_some(self) -> None:
@@ -454,7 +460,7 @@ class Pool:
                 if run.out not in self.waiting:
                     self.say(f"is run by another process: {run.out}")
                 self.waiting.add(run.out)
-            elif not self.free or self.needs(run) > len(self.free):
+            elif len(self.running) == self.workers or self.needs(run) > len(self.free):
                 break
             else:
                 self.todo.remove(run)
@@ -465,15 +471,15 @@ class Pool:
 
     def note(self, number: int, _) -> None:
         """The first signal lets the runs save their state and leave; a second does not wait."""
+        first, self.signal = not self.signal, self.signal or number
         for process in self.running:
             with contextlib.suppress(ProcessLookupError):
-                if self.signal:
-                    kill(process.pid)
-                else:
+                if first:
                     process.terminate()
-        if not self.signal and self.running:
+                else:
+                    kill(process.pid)
+        if first and self.running:
             print("stopping; the runs save their state first", flush=True)
-        self.signal = self.signal or number
 
     def work(self, runs: list[Run]) -> None:
         """Until all have finished or failed, or a signal has come."""
@@ -575,7 +581,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument
     add("name", choices=[*NAMES, "demo", "report"])
     add("--dataset", nargs="+", help=f"default {' '.join(BENCHMARKS)}; demo, or a folder")
-    add("--size", nargs="+", help="smallest first; default base, of figures 6 to 9 base large xxl")
+    add("--size", nargs="+", help="default base; several for figures 6 to 9: base large xxl")
     add("--seeds", type=int, help="how many; default 4")
     add("--rationales", nargs="+", action="append",
         help="a teacher: palm, neox or files; once for each teacher of table1")  # fmt: skip
@@ -600,18 +606,26 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
 def scales(args: argparse.Namespace) -> list[Scale]:
     """What is asked for, on each data set."""
     datasets = ["demo"] if args.name == "demo" else args.dataset or BENCHMARKS
+    for flag, names in (("size", BY_SIZE), ("rationales", ("table1", "demo"))):
+        if len(set(map(str, getattr(args, flag) or ()))) > 1 and args.name not in names:
+            raise UserError(f"--{flag} several times: {args.name} is for one; several are for "
+                            + ", ".join(names))
     if args.name == "demo" and args.dataset:
         raise UserError("demo is all of it on the bundled task; for another data set give a figure "
                         "or table, such as `table2 --dataset svamp`")  # fmt: skip
     made = []
     for data in datasets:
         get_task(data)
-        sizes = tuple(args.size or SIZES.get(data, PAPER_SIZES))
-        for size in sizes:
-            train.one_of("size", size, [*train.RECIPES, *(SHAPES if data == "demo" else ())])
-        base = sizes[-1] if data == "demo" and not args.size else sizes[0]
+        known = [*(SHAPES if data == "demo" else ()), *train.RECIPES]  # smallest first
+        for size in args.size or ():
+            train.one_of("size", size, known)
+        sizes = tuple(sorted(set(args.size), key=known.index)) if args.size else SIZES.get(
+            data, PAPER_SIZES
+        )
+        base = sizes[-1] if data == "demo" else sizes[0]
         own = PAPER_TEACHERS if data in TASKS else ("own",)
-        teachers = tuple(map(" ".join, args.rationales or ())) or TEACHERS.get(data, own)
+        asked = [" ".join(r for r in words if r != ASDIV) for words in args.rationales or ()]
+        teachers = tuple(filter(None, asked)) or TEACHERS.get(data, own)
         if data in BENCHMARKS and "own" in teachers:
             raise UserError(f"--rationales own: {data} has none of its own; allowed: palm, neox, "
                             "files")  # fmt: skip
@@ -621,7 +635,7 @@ def scales(args: argparse.Namespace) -> list[Scale]:
     return made
 
 
-def describe(grids: dict, runs: Runs, clock: Clock, workers: int) -> None:
+def describe(grids: dict, runs: Runs, pool: Pool) -> None:
     """What will be run, what is there, and how long the rest may take."""
     for (part, data), points in grids.items():
         print(f"{part}, {data}: {TITLES[part]}")
@@ -636,8 +650,8 @@ def describe(grids: dict, runs: Runs, clock: Clock, workers: int) -> None:
     every = list(unique(grids, runs))
     left = [run for run in every if not run.finished]
     print(f"{len(every)} runs, {len(every) - len(left)} finished, {sum(r.begun for r in left)} "
-          f"begun; {len(left)} to run, {workers} side by side"
-          + (f": {clock.left(left, workers)}" if left else ""), flush=True)  # fmt: skip
+          f"begun; {len(left)} to run, {pool.workers} side by side"
+          + (f": {pool.left(left)}" if left else ""), flush=True)  # fmt: skip
 
 
 def unique(grids: dict, runs: Runs) -> Iterable[Run]:
@@ -651,9 +665,10 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
     quick = dict(steps=40, eval_every=20) if args.quick else {}
     runs = Runs(args.seeds or (1 if args.quick else 4), quick | given)
     where = scales(args)
-    by_size = ("demo", *BESIDE_TEACHER)
+    for s in where:  # a mistake in train.py's flags is told before anything is planned
+        train.resolve(train.Config(dataset=s.dataset, **quick | given))
     for s in where if "weights" in given else ():
-        sizes = s.sizes if args.name in by_size else [s.base]
+        sizes = s.sizes if args.name in BY_SIZE else [s.base]
         if set(sizes) & SHAPES.keys() or (len(sizes) > 1 and given["weights"] != "random"):
             raise UserError(f"--weights {given['weights']} for several sizes; give one --size "
                             "with it")  # fmt: skip
@@ -661,7 +676,7 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
     name = args.name + "-quick" * args.quick
     root = given.get("data_root", train.Config.data_root)
     teachers = {}
-    if args.name in by_size:
+    if args.name in BY_SIZE:
         for s in where:
             try:
                 teachers[s.dataset] = teacher_row(s, root, args.teacher_params)
@@ -676,9 +691,8 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
         return {(n, s.dataset): grid(n, s, functools.partial(score, s))
                 for s in where for n in names}  # fmt: skip
 
-    clock = Clock()
-    pool = Pool(args.workers, clock, RESULTS / name / "logs")
-    describe(grids(), runs, clock, pool.workers)
+    pool = Pool(args.workers, Clock(), RESULTS / name / "logs")
+    describe(grids(), runs, pool)
     if runs.missing:
         print("missing:", *runs.missing, sep="\n  ", file=sys.stderr)
         return 0 if args.dry_run else 2

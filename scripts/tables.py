@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from data import UserError
-from dsbs import METHODS
 
 RESULTS, INPUTS = Path("results"), Path("results/inputs")
 BOTH = ("standard", "step-by-step")
@@ -185,26 +184,22 @@ def table(name: str, all_of: list[Entry]) -> str:
 def words(name: str, all_of: list[Entry]) -> list[str]:
     """What the numbers of one data set say, in plain sentences."""
     said = []
-    full = find(all_of, fraction=1.0, pool=0.0)
-
-    def one(method: str, **more) -> Entry | None:
-        return next(iter(find(full, method=method, shuffled=False, **more)), None)
-
+    plain = next(iter(find(all_of, method="standard", fraction=1.0, pool=0.0)), None)
     if name in ("figure4", "figure5"):
-        ours, best = find(all_of, method="step-by-step"), one("standard")
+        ours = find(all_of, method="step-by-step")
         for b in ours:
             for a in find(all_of, method="standard", fraction=b.point.fraction):
                 said.append(f"with {100 * b.point.fraction:g} % of the examples, step-by-step less "
                             f"standard: {b - a}")  # fmt: skip
-        passing = [e for e in ours if best and e.mean > best.mean]
+        passing = [e for e in ours if plain and e.mean > plain.mean]
         if passing:
             least = min(passing, key=lambda e: e.point.fraction)
-            said.append(f"the mean of step-by-step is above that of standard on all data "
-                        f"({best.mean:.3f}) from {100 * least.point.fraction:g} % of the examples "
-                        f"on, there by {least - best}")  # fmt: skip
-        elif best:
+            said.append(f"the least part with which the mean of step-by-step is above that of "
+                        f"standard on all data ({plain.mean:.3f}) is {100 * least.point.fraction:g}"
+                        f" % of the examples, by {least - plain}")  # fmt: skip
+        elif plain:
             said.append(f"at no fraction is the mean of step-by-step above that of standard on all "
-                        f"data ({best.mean:.3f})")  # fmt: skip
+                        f"data ({plain.mean:.3f})")  # fmt: skip
     if name in ("figure6", "figure7"):
         for b in find(all_of, method="step-by-step"):
             size, pool = b.point.size, b.point.pool
@@ -214,13 +209,12 @@ def words(name: str, all_of: list[Entry]) -> list[str]:
     if name in BESIDE_TEACHER:
         said += beside_teacher(all_of, "human" if name in ("figure6", "figure8") else "teacher")
     if name in ("table1", "table2", "noise"):
-        plain = one("standard")
         for e in all_of:
-            if plain and e is not plain and e.point.method in METHODS:
+            if plain and e is not plain:
                 said.append(f"{e.point.method}, rationales {source(e.point)}, less standard: "
                             f"{e - plain}")  # fmt: skip
     if name == "noise" and len(all_of) == 3:
-        plain, wrong, right = all_of
+        _, wrong, right = all_of
         said.append(f"right rationales less another example's: {right - wrong}")
         tokens = [mean(float(r["tokens"]) for r in e.rows) for e in (plain, right)]
         said.append(f"training with rationales reads and writes {tokens[1] / tokens[0]:.1f} times "
@@ -242,8 +236,9 @@ def beside_teacher(all_of: list[Entry], labels: str) -> list[str]:
         least = min(passing, key=lambda e: (e.parameters, e.point.fraction, e.point.pool))
         p, error = least.point, least.error
         more = f" and {100 * p.pool:g} % of the unlabelled" if p.pool else ""
-        said.append(f"the mean of {method} is above {bar} from {p.size} with "
-                    f"{100 * p.fraction:g} % of the examples{more} on: {least.mean:.3f}"
+        said.append(f"the smallest {method} student, on the least data, whose mean is above {bar} "
+                    f"is {p.size} with {100 * p.fraction:g} % of the examples{more}: "
+                    f"{least.mean:.3f}"
                     + ("" if error is None else f" (standard error {error:.3f})"))  # fmt: skip
     for pinto in find(all_of, method="rationale-input"):
         ours = find(all_of, method="step-by-step")
@@ -383,17 +378,18 @@ def provenance(rows: list[dict]) -> list[str]:
             files |= json.loads(Path(row["run"], "run.json").read_text())["data_sha256"]
     several = lambda key: ", ".join(sorted({str(row[key]) for row in trained}))  # noqa: E731
     weights = sorted({without_seed(row["weights"]) for row in trained})
+    drawn = any((row["dataset"], row["size"]) == ("demo", "teacher") for row in rows)
     untrained = any(w == "random" or Path(w).is_relative_to(INPUTS) for w in weights)
     return [
         f"- {len(trained)} runs, seeds {several('seed')}; torch {several('torch')}; commit "
         f"{several('git_sha')}; {sum(float(row['seconds']) for row in trained) / 3600:.2f} hours "
-        "of runs in all",
+        "of runs in all, pauses included",
         f"- started from: {', '.join(weights)}"
         + " (random and `results/inputs/*`: untrained)" * untrained,
         "- sha256 of the data, first 12 digits: "
         + ", ".join(f"{near(path)} {str(digest)[:12]}" for path, digest in sorted(files.items())),
         *["- the bundled task's teacher is a script without parameters; its place on the axis of "
-          "sizes is only drawn"] * any(row["dataset"] == "demo" for row in rows),
+          "sizes is only drawn"] * drawn,
     ]  # fmt: skip
 
 
@@ -411,14 +407,12 @@ def write_results(
     name: str, grids: dict[tuple[str, str], list[Point]], rows: list[dict], not_run: list[str]
 ) -> Path:
     """results.csv, table.md, figure.png and report.md. Rows that an earlier command left for other
-    data sets or sizes are kept, and told with these. Nothing is written where nothing finished."""
+    data sets are kept, and told with these. Nothing is written where nothing finished."""
     folder = RESULTS / name
     if not any(row.get("run") for row in rows):
         return folder
-    now = {(data, size) for (_, data), points in grids.items()
-           for size in ["teacher", *(p.size for p in points)]}  # fmt: skip
-    earlier = [row for row in read_csv(folder / "results.csv")
-               if (row["dataset"], row["size"]) not in now]  # fmt: skip
+    now = {data for _, data in grids}
+    earlier = [row for row in read_csv(folder / "results.csv") if row["dataset"] not in now]
     write_csv(folder / "results.csv", earlier + rows)
     rows = read_csv(folder / "results.csv")
     part = next(iter(grids))[0]
