@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_LEGACY_BYTES = 5_000_000_000
-REOPEN_BYTES = 16_000_000
+PART_BYTES, REOPEN_BYTES = 4_000_000, 16_000_000
 
 # The published v1.1 checkpoints, and a tiny one for the bundled task.
 PRESETS: dict[str, dict] = {
@@ -719,6 +719,13 @@ class Stored:
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
 
+    def parts(self, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
+        """(where they begin, the rows) from first to end, a few at a time."""
+        row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
+        rows = max(1, PART_BYTES // max(1, row_bytes))
+        for i in range(first, end, rows):
+            yield i, self.read(i, min(end, i + rows))
+
 
 class OldFormat(ValueError):
     """A large file that must be converted first."""
@@ -733,10 +740,10 @@ def whole(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
     return parameter, 0, parameter.shape[0]
 
 
-def same(a: Stored, b: Stored, rows: int = 1024) -> bool:
-    """Are two stored tensors equal? Up to the first difference, a few rows at a time."""
+def same(a: Stored, b: Stored) -> bool:
+    """Are two stored tensors equal? Read up to the first difference."""
     return a.shape == b.shape and all(
-        torch.equal(a.read(i, i + rows), b.read(i, i + rows)) for i in range(0, a.shape[0], rows)
+        torch.equal(rows, b.read(i, i + len(rows))) for i, rows in a.parts(0, a.shape[0])
     )
 
 
@@ -815,7 +822,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Stored]]:
 def load_weights(
     model: nn.Module, readers: dict[str, Stored], folder: Path, own: Own = whole
 ) -> None:
-    """Copies every tensor of a checkpoint into the model, one at a time, or what is its own.
+    """Copies every tensor of a checkpoint into the model, a few rows at a time, or what is its own.
 
     Raises ValueError unless each tensor is a parameter, a known alias (equal to what it repeats)
     or on the short ignore list, and each parameter is found.
@@ -844,7 +851,8 @@ def load_weights(
             )
         tensor, first, end = own(parameter)
         with torch.no_grad():
-            tensor.copy_(stored.read(first, end))
+            for i, rows in stored.parts(first, end):
+                tensor[i - first : i - first + len(rows)] = rows
     for name, original in repeats:
         if name != found[original] and not same(readers[name], readers[found[original]]):
             raise ValueError(f"{folder}: {name} differs from {original}, which it should repeat")
