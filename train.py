@@ -598,6 +598,11 @@ def prepare(c: Config) -> Data:
 
     everything, valid = load("train", counts), load("valid")
     test = load("test") if has_split(c.dataset, "test", c.data_root) else None
+    for split, examples in (("valid", valid), ("test", test)):
+        if examples and set(evaluation.gold_labels(examples)[1]) == {None}:
+            raise UserError(f"no example of {split} has a label, neither human nor the teacher's: "
+                            "nothing to score; give --rationales with the teacher's answers to it, "
+                            "or a file with labels")  # fmt: skip
     own = fraction_of(everything, c.fraction, [c.seed, 1])
     more = augmenting(c, counts) if c.augment else []
     examples = own + more

@@ -105,6 +105,10 @@ def test_empty_splits_and_missing_labels(refuse, tmp_path):
     assert "needs rationales" in refuse("--dataset", "bare")
     words = "--dataset bare --method standard --labels teacher".split()
     assert "teacher label" in refuse(*words)
+    write(tmp_path / "blind", [row(i) for i in range(12)])
+    for split in ("test", "valid"):  # known before training, not after it
+        write(tmp_path / "blind", [row(99, label=None)], split)
+        assert f"no example of {split} has a label" in refuse("--dataset", "blind")
     write(tmp_path / "bad", [row(i) for i in range(12)])
     (tmp_path / "bad" / "task.json").write_text('{"scorer": "bleu"}')
     assert "bleu" in refuse("--dataset", "bad")
