@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_LEGACY_BYTES = 5_000_000_000
-PART_BYTES, REOPEN_BYTES = 4_000_000, 16_000_000
+PART_BYTES, REOPEN_BYTES = 4_000_000, 16_000_000  # read at once; read before it is mapped anew
 
 # The published v1.1 checkpoints, and a tiny one for the bundled task.
 PRESETS: dict[str, dict] = {
