@@ -6,6 +6,7 @@ file knows nothing of torch, prompts, the network, lambda or ranks, and imports 
 
 import functools
 import json
+import math
 import operator
 import re
 import xml.etree.ElementTree as ElementTree
@@ -686,52 +687,74 @@ def step_examples(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
 
 
 def micro_batches(
-    source_lengths: np.ndarray, target_lengths: np.ndarray, size: int, world: int
+    source_lengths: np.ndarray,
+    target_lengths: np.ndarray,
+    tasks: np.ndarray,
+    micro_tokens: int,
+    world: int,
+    overhead: int,
 ) -> list[list[np.ndarray]]:
     """Deal the rows of one step: for each rank a list of index arrays, equally many for all.
 
-    Rows sorted by length are cut into the fewest pieces, a multiple of `world`, of at most `size`
-    rows, so that the costliest (rows x longest source + rows x longest target: what padding makes
-    of them) is as cheap as can be. Pieces of like cost run at one time; the last may be empty.
+    A micro-batch takes places: rows x (longest source + longest target), padding included. None
+    takes more than `micro_tokens`, unless it is a single row. Rows of one task stay together and
+    are sorted by length, so that a label is not padded to a rationale. Many small micro-batches
+    have little padding, but each costs as much time as `overhead` places besides its own; of
+    several ways to cut, the one that takes least time is chosen. Ranks run micro-batches of
+    similar cost at one time; a rank's last one may be empty.
     """
-    order = np.lexsort((target_lengths, source_lengths))
-    lengths = list(zip(source_lengths[order].tolist(), target_lengths[order].tolist()))
-    n_pieces = world * max(1, -(-len(order) // (size * world)))
+    order = np.lexsort((source_lengths + target_lengths, tasks))
+    rows = list(zip(*(x[order].tolist() for x in (tasks, source_lengths, target_lengths))))
 
-    def starts(limit: int) -> list[int]:
-        """Where pieces begin when each is filled up to this cost."""
-        begins, longest = [0], 0
-        for i, (source, target) in enumerate(lengths):
-            rows, longest = i + 1 - begins[-1], max(longest, target)
-            if rows > 1 and (rows > size or rows * (source + longest) > limit):
-                begins, longest = [*begins, i], target
-        return begins
+    def cut(limit: int) -> list[tuple[int, int, int]]:
+        """(places, first row, end) of each micro-batch when each is filled up to the limit."""
+        pieces, first, source, target = [], 0, 0, 0
+        for i, (task, s, t) in enumerate(rows):
+            places = (i + 1 - first) * (max(source, s) + max(target, t))
+            if i > first and (places > limit or task != rows[first][0]):
+                pieces.append(((i - first) * (source + target), first, i))
+                first, source, target = i, 0, 0
+            source, target = max(source, s), max(target, t)
+        return [*pieces, ((len(rows) - first) * (source + target), first, len(rows))]
 
-    low, high = 0, len(order) * sum(map(max, zip(*lengths)))  # of the smallest limit that will do
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(starts(middle)) <= n_pieces else (middle + 1, high)
-    begins = starts(high)
-    pieces = np.split(order, begins[1:] + [len(order)] * (n_pieces - len(begins)))
-    return [pieces[rank::world] for rank in range(world)]
+    best, least, longest = [], math.inf, max(s + t for _, s, t in rows)
+    limit = min(micro_tokens, len(rows) * longest)
+    while limit > 0:
+        pieces = sorted(cut(limit), reverse=True)
+        # All ranks wait for the costliest of the `world` pieces that run at one time.
+        time = sum(places + overhead for places, _, _ in pieces[::world])
+        if time < least:
+            best, least = pieces, time
+        limit = int(0.9 * limit) if limit > longest else 0
+    dealt = [order[first:end] for _, first, end in best]
+    dealt += [order[:0]] * (-len(dealt) % world)
+    return [dealt[rank::world] for rank in range(world)]
 
 
-def collate(rows: TokenRows, indices: np.ndarray) -> dict[str, np.ndarray]:
+def collate(rows: TokenRows, indices: np.ndarray, multiple: int = 1) -> dict[str, np.ndarray]:
     """input_ids (B, S) padded with 0, attention_mask (B, S), labels (B, T) padded with -100, tasks
-    (B,), all int64. No indices give a dummy row of weight 0, for a rank that must keep step."""
+    (B,), all int64; S and T are rounded up to a multiple. No indices give a dummy row of weight
+    0, for a rank that must keep step."""
     sources = [rows.source(i) for i in indices] or [np.array([Tokenizer.eos_id])]
     targets = [rows.target(i) for i in indices] or [np.array([-100])]
     return {
-        "input_ids": pad(sources, Tokenizer.pad_id),
-        "attention_mask": pad([np.ones_like(source) for source in sources], 0),
-        "labels": pad(targets, -100),
+        "input_ids": pad(sources, Tokenizer.pad_id, multiple),
+        "attention_mask": pad([np.ones_like(source) for source in sources], 0, multiple),
+        "labels": pad(targets, -100, multiple),
         "tasks": rows.tasks[indices].astype(np.int64) if len(indices) else np.zeros(1, np.int64),
     }
 
 
-def pad(arrays: Sequence[Sequence[int]], value: int) -> np.ndarray:
-    """Ragged rows -> (rows, longest) int64, filled up with `value`."""
-    padded = np.full((len(arrays), max(map(len, arrays))), value, np.int64)
+def pad(arrays: Sequence[Sequence[int]], value: int, multiple: int = 1) -> np.ndarray:
+    """Ragged rows -> (rows, longest) int64, filled up with `value`; the longest is rounded up to a
+    multiple."""
+    longest = round_up(max(map(len, arrays)), multiple)
+    padded = np.full((len(arrays), longest), value, np.int64)
     for row, array in zip(padded, arrays):
         row[: len(array)] = array
     return padded
+
+
+def round_up(number: int | np.ndarray, multiple: int) -> int | np.ndarray:
+    """The next multiple: round_up(13, 8) is 16."""
+    return -(-number // multiple) * multiple

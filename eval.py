@@ -13,8 +13,9 @@ import json
 import os
 import sys
 import time
+import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
@@ -43,6 +44,8 @@ STUDENT = T5  # a fork puts its own class here: nothing else names the architect
 LABEL_TOKENS, RATIONALE_TOKENS = 64, 256  # greedy decoding; the released code's 64 cuts rationales
 MAX_SOURCE = 1024  # Appendix A.1
 MAX_TOKENS = 8_192  # source tokens in a batch that is decoded
+MULTIPLE = {"cpu": 1, "cuda": 8}  # lengths are rounded up: CUDA's attention wants aligned biases
+TIMEOUT = 600.0  # seconds that a rank waits for another
 NAMED = ("palm", "neox", "human")  # --rationales that are not a teacher's files
 
 
@@ -84,27 +87,53 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextlib.contextmanager
-def processes(device: torch.device, timeout: float = 1800) -> Iterator[None]:
+def processes(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     """The process group of torchrun's environment, if there is one: NCCL on GPUs, gloo on CPUs.
-    A rank that waits for another for longer than `timeout` seconds gives up."""
+    A rank that waits for another for longer than `timeout` seconds gives up.
+
+    After an exception the group is not taken down: under NCCL that can wait for ever for
+    collectives that the other ranks never join. The program prints the error and leaves (`leave`).
+    https://github.com/NVIDIA/nccl/issues/863
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    backend, limit = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
     store = fresh_store(store, rank, world, time.monotonic() + timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    try:
-        yield
-    except RuntimeError:  # out of memory, a lost rank: taking the group down may wait for others
-        raise
-    except BaseException:
-        dist.destroy_process_group()
-        raise
+    backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=limit, device_id=card
+    )
+    yield
     dist.destroy_process_group()
+
+
+class RunError(Exception):
+    """A run that cannot go on, though its flags are fine; what it saved is kept."""
+
+
+def exit_status(program: Callable[[], int]) -> int:
+    """What a program returns, or the status of what ended it, which is printed: 2 for a user's
+    mistake and 1 for a RunError, each in one line; 1, with the whole traceback, for all else."""
+    try:
+        return program()
+    except (UserError, RunError) as error:
+        # Mostly the same on every rank: the first of a machine prints it, and then torchrun ends
+        # the others. A rank that is alone with it prints it a moment later.
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            time.sleep(2)
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        trace = traceback.format_exc()
+        print(f"rank {os.environ.get('RANK', 0)} failed:\n{trace}", end="", file=sys.stderr)
+        return 1
 
 
 def leave(status: int) -> NoReturn:
@@ -181,7 +210,8 @@ def load_student(folder: str | os.PathLike, device: torch.device, precision: str
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'dsbs.json'} is damaged: {error!r}") from None
     tokenizer = Tokenizer(folder / "spiece.model")
-    model = load_model(folder).to(device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = load_model(folder).to(device=device, dtype=dtype)  # cast once, and moved after that
     return Student(model, tokenizer, method, prefixes, dataset, device, precision)
 
 
@@ -197,22 +227,44 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """A sharded model (FSDP) put together once on every rank, for as long as it decodes: then no
-    token needs the others, and ranks may decode different numbers of them. Else nothing."""
-    units = []
-    if dist.is_initialized():
-        from torch.distributed.fsdp import FSDPModule  # takes a while, so only where it is needed
+def replaced(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """change(p) instead of each parameter p, for a while; p itself is not touched."""
+    before = [(module, name, p) for module in model.modules()
+              for name, p in module._parameters.items() if p is not None]  # fmt: skip
+    after = {p: nn.Parameter(change(p.detach()), requires_grad=False)
+             for p in dict.fromkeys(p for *_, p in before)}  # fmt: skip
+    for module, name, p in before:
+        setattr(module, name, after[p])
+    try:
+        yield
+    finally:
+        for module, name, p in before:
+            setattr(module, name, p)
 
-        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """A sharded model (FSDP) put together once on every rank, in the dtype it computes in."""
+    units = [module for module in model.modules() if hasattr(module, "unshard")]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     yield
     for unit in units:
-        unit.set_reshard_after_forward(unit is not model, recurse=False)
-    if units:  # and forget the blocks' runs: gradients' order would follow them, on some ranks only
-        model.reset_iter_state()
+        keep = unit is model or isinstance(unit, nn.Linear)  # as `parallelize` in train.py says
+        unit.set_reshard_after_forward(not keep, recurse=False)
+    model.reset_iter_state()  # shards them again, and forgets the order in which blocks ran
+
+
+def ready(model: nn.Module, precision: str) -> contextlib.AbstractContextManager:
+    """Weights as decoding wants them, for as long as it lasts: whole on every rank, so that no
+    token needs the others, and in the dtype that the products compute in, so that no token casts
+    them. Training's own weights stay as they are, sharded and in float32."""
+    if hasattr(model, "unshard"):
+        return gathered(model)
+    if precision == "bf16":
+        return replaced(model, lambda p: p.to(torch.bfloat16))
+    return contextlib.nullcontext()
 
 
 def generate_texts(
@@ -241,11 +293,11 @@ def generate_texts(
         batches[rank::world], desc=progress, leave=False,
         disable=rank > 0 or not progress or not sys.stderr.isatty(),
     )
-    with gathered(model), autocast(device, student.precision):
+    with ready(model, student.precision), autocast(device, student.precision):
         for batch in bar:
             rows = [ids[i] for i in batch]
-            input_ids = pad(rows, student.tokenizer.pad_id)
-            mask = pad([[1] * len(row) for row in rows], 0)
+            input_ids = pad(rows, student.tokenizer.pad_id, MULTIPLE[device.type])
+            mask = pad([[1] * len(row) for row in rows], 0, MULTIPLE[device.type])
             tokens = model.generate(
                 torch.from_numpy(input_ids).to(device),
                 torch.from_numpy(mask).to(device),
@@ -417,15 +469,14 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit status 2, with one line, for a user's mistake."""
     args = parse_args(argv)
-    try:
+
+    def program() -> int:
         device = choose_device(args.device)
         with processes(device):
             run(args, device)
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":

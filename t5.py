@@ -14,24 +14,25 @@ v1.1 (and Flan-T5, which has its shapes) uses a gated GELU, a head of its own, a
 scale the logits: https://github.com/google-research/text-to-text-transfer-transformer
 /blob/main/released_checkpoints.md. The three are independent settings here.
 
-Shapes: B rows, S source length, T target length, D d_model, H heads, K d_kv, F d_ff, V vocabulary;
-N the tokens of a padded batch (of B*S or B*T places), which is all that most layers see.
-Numbers: weights, norms, residual stream and softmax are float32; under autocast (or FSDP's
-mixed precision) the matrix products, and nothing else, run in bfloat16.
+Shapes: B rows, S source length, T target length, D d_model, H heads, K d_kv, F d_ff, V vocabulary.
+Numbers: weights, norms and the residual stream are float32. Under autocast (or FSDP's mixed
+precision) what stands between a norm and the stream, matrix products and attention, runs in
+bfloat16: its "compute dtype". Softmax is computed in float32 inside the attention kernel.
 """
 
 from __future__ import annotations  # fields' types as text
 
+import hashlib
 import json
 import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,31 +154,18 @@ class T5Config:
 # ----------------------------------------------------------------------------- architecture
 
 
-class Places:
-    """Which places of a padded batch (B, S) hold tokens. Norms, linear layers and dropout treat
-    each token by itself, so they run on the N tokens alone, (N, D), without the padding; attention
-    needs rows, (B, S, D)."""
-
-    def __init__(self, taken: Tensor):
-        self.shape = taken.shape  # (B, S), bool
-        index = taken.flatten().nonzero()[:, 0]
-        self.index = index if len(index) < taken.numel() else None  # (N,); None: all of them
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, S, ...) -> (N, ...)"""
-        x = x.flatten(0, 1)
-        return x if self.index is None else x.index_select(0, self.index)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(N, D) -> (B, S, D), zero where there is no token"""
-        if self.index is not None:
-            padded = x.new_zeros((self.shape.numel(), x.shape[1]))
-            x = padded.index_copy(0, self.index, x)
-        return x.unflatten(0, self.shape)
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a product with this weight: autocast's where that is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32. (..., D) -> (..., D)"""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. (..., D) -> (..., D)
+
+    Computed in float32 and cast once, so that the two or three layers that read the result share
+    one copy of it, in the dtype in which they multiply.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -185,57 +173,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.float()
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T: (..., in), (out, in) -> (..., out).
-
-    To predict, a CPU has two faster ways: oneDNN, whose tensors have a layout of their own, where
-    the product is large enough to repay the copies; and for the few rows of a decoding step
-    weights first.
-    """
-    if x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
-        if len(x) * weight.numel() >= 2**23 and one_dnn(x, weight):
-            return F.linear(x.to_mkldnn(), weight).to_dense()
-        if len(x) <= 64:
-            return (weight @ x.t()).t()
-    return F.linear(x, weight)
-
-
-def one_dnn(x: Tensor, weight: Tensor) -> bool:
-    """Can oneDNN multiply them, and does it pay? Not for narrow weights, not under bf16, nor for
-    tensors without contents, as in a plan."""
-    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    wide = weight.shape[1] > 256
-    return wide and float32 and type(x) is Tensor and torch.backends.mkldnn.is_available()
-
-
-class Linear(nn.Linear):
-    """Without a bias vector. (..., in) -> (..., out)"""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
-
-
-class Dropout(nn.Dropout):
-    """Zeroes with probability p, scales the others by 1 / (1 - p), in training. (...) -> (...)
-
-    On a CPU drawing the numbers is what takes the time, so four of 16 bits come from one draw;
-    and the backward pass keeps a byte for each, not a float.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2^16 equally likely numbers
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        zero = draws.view(torch.int16)[: x.numel()].view(x.shape) < dropped - 2**15
-        return (x * (2**16 / (2**16 - dropped))).masked_fill(zero, 0.0)
+        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(compute_dtype(self.weight))
 
 
 class RelativeBias(nn.Embedding):
@@ -249,8 +188,8 @@ class RelativeBias(nn.Embedding):
     def bucket(self, distance: Tensor) -> Tensor:
         """Key position minus query position -> bucket, both integer tensors of one shape.
 
-        Short distances have a bucket each, longer ones share buckets that widen
-        logarithmically up to max_distance; encoders tell past from future, decoders see none.
+        Short distances have a bucket each. Longer ones share buckets that widen logarithmically
+        up to max_distance. An encoder tells past from future; a decoder sees the past alone.
         https://github.com/tensorflow/mesh/blob/0cb87fe07da627bf0b7e60475d59f95ed6b5be3d/mesh_tensorflow/transformer/transformer_layers.py#L593
         """
         buckets, offset = self.num_embeddings, 0
@@ -266,41 +205,43 @@ class RelativeBias(nn.Embedding):
         return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
     def forward(self, length: int) -> Tensor:
-        """(1, H, length, length), float32: queries by keys."""
-        position = torch.arange(length, device=self.weight.device)
-        buckets = self.bucket(position[None, :] - position[:, None])  # (length, length)
-        return super().forward(buckets).permute(2, 0, 1)[None].float()
+        """(H, length, length), float32: heads, queries, keys.
+
+        Only the 2 length - 1 distances are looked up; query i reads a window of them.
+        """
+        distance = torch.arange(1 - length, length, device=self.weight.device)
+        values = super().forward(self.bucket(distance)).float()  # (2 length - 1, H)
+        windows = values.t().contiguous().unfold(1, length, 1)  # a view: window w starts at w
+        return windows.flip(1)  # query i starts at distance -i, in window length - 1 - i
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens over given keys and values; H * K need not equal D."""
+    """Multi-head attention over given keys and values; H * K need not equal D."""
 
     def __init__(self, config: T5Config):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.heads = config.num_heads
-        self.q = Linear(config.d_model, inner)
-        self.k = Linear(config.d_model, inner)
-        self.v = Linear(config.d_model, inner)
-        self.o = Linear(inner, config.d_model)
-        self.dropout = Dropout(config.dropout_rate)
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
-    def split(self, x: Tensor, places: Places) -> Tensor:
-        x = places.unpack(x).unflatten(-1, (self.heads, -1))  # (N, H*K) -> (B, S, H, K)
-        return x.transpose(1, 2)  # (B, H, S, K)
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, H*K) -> (B, H, S, K)
 
-    def keys_values(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        return self.split(self.k(x), places), self.split(self.v(x), places)  # 2 x (B, H, S, K)
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> two of (B, H, S, K)"""
+        return self.split(self.k(x)), self.split(self.v(x))
 
-    def forward(
-        self, x: Tensor, places: Places, keys: Tensor, values: Tensor, *biases: Tensor
-    ) -> Tensor:
-        scores = self.split(self.q(x), places) @ keys.transpose(-1, -2)  # (B, H, T, S)
-        for bias in biases:  # in place: one tensor of this size, not one per bias
-            scores += bias
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
-        mixed = self.dropout(weights) @ values  # (B, H, T, K)
-        return self.o(places.pack(mixed.transpose(1, 2).flatten(2)))  # (N, D)
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """x (B, T, D), keys and values (B, H, S, K), bias broadcast to (B, H, T, S) -> (B, T, D)"""
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(
+            self.split(self.q(x)), keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0
+        )  # (B, H, T, K)
+        return self.o(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -308,9 +249,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi = Linear(config.d_model, config.d_ff)
-        self.wo = Linear(config.d_ff, config.d_model)
-        self.dropout = Dropout(config.dropout_rate)
+        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.wo(self.dropout(F.relu(self.wi(x))))
@@ -321,10 +262,10 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi_0 = Linear(config.d_model, config.d_ff)
-        self.wi_1 = Linear(config.d_model, config.d_ff)
-        self.wo = Linear(config.d_ff, config.d_model)
-        self.dropout = Dropout(config.dropout_rate)
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.gelu(self.wi_0(x), approximate="tanh")
@@ -345,36 +286,14 @@ class EncoderBlock(nn.Module):
         self.attention = Attention(config)
         self.ff_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.ff = feed_forward(config)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor, places: Places, bias: Tensor, mask: Tensor) -> Tensor:
-        """x (N, D), bias (1, H, S, S), mask (B, 1, 1, S) -> (N, D)"""
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, S, D) float32, bias (B, H, S, S) -> (B, S, D) float32"""
         h = self.attention_norm(x)
-        keys, values = self.attention.keys_values(h, places)
-        x = x + self.dropout(self.attention(h, places, keys, values, bias, mask))
+        keys, values = self.attention.keys_values(h)
+        x = x + self.dropout(self.attention(h, keys, values, bias))
         return x + self.dropout(self.ff(self.ff_norm(x)))
-
-
-class Cache:
-    """Keys and values of one decoder block while tokens are generated one by one."""
-
-    def __init__(self, max_length: int):
-        self.max_length, self.length = max_length, 0
-        self.keys = self.values = None  # of the tokens so far: (B, H, max_length, K)
-        self.memory = None  # of the encoder's output, computed once: 2 x (B, H, S, K)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys is None:
-            shape = (*keys.shape[:2], self.max_length, keys.shape[3])
-            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
-        self.keys[:, :, self.length] = keys[:, :, 0]
-        self.values[:, :, self.length] = values[:, :, 0]
-        self.length += 1
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def keep(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        self.memory = [t[rows] for t in self.memory]
 
 
 class DecoderBlock(nn.Module):
@@ -388,38 +307,40 @@ class DecoderBlock(nn.Module):
         self.cross = Attention(config)
         self.ff_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.ff = feed_forward(config)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
         self,
         x: Tensor,
-        places: Places,
         memory: Tensor,
-        memory_places: Places,
         bias: Tensor,
         mask: Tensor,
-        cache: Cache | None = None,
+        cache: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
-        """x (N, D), memory (its N, D), causal bias (1, H, T, T), mask (B, 1, 1, S) -> (N, D)
+        """x (B, T, D) float32, the encoder's output (B, S, D), causal bias (1, H, T, T), padding
+        mask (B, 1, 1, S) -> (B, T, D) float32.
 
-        With a cache, x is one new token of each row (B, D), bias its row (1, H, 1, tokens so far).
+        With a cache (`start_cache`), x is one new token of each row, (B, 1, D), and bias that
+        token's row, (1, H, 1, tokens so far).
         """
         h = self.attention_norm(x)
-        keys, values = self.attention.keys_values(h, places)
+        keys, values = self.attention.keys_values(h)
         if cache is not None:
-            keys, values = cache.append(keys, values)
-        x = x + self.dropout(self.attention(h, places, keys, values, bias))
-
-        h = self.cross_norm(x)
-        if cache is None:
-            keys, values = self.cross.keys_values(memory, memory_places)
-        else:
-            if cache.memory is None:  # contiguous once, or every product copies them again
-                both = self.cross.keys_values(memory, memory_places)
-                cache.memory = [t.contiguous() for t in both]
-            keys, values = cache.memory
-        x = x + self.dropout(self.cross(h, places, keys, values, mask))
+            n = bias.shape[-1]  # tokens so far, with this one
+            for past, new in zip(cache[:2], (keys, values)):
+                past[:, :, n - 1 : n] = new
+            keys, values = cache[0][:, :, :n], cache[1][:, :, :n]
+        x = x + self.dropout(self.attention(h, keys, values, bias))
+        keys, values = self.cross.keys_values(memory) if cache is None else cache[2:]
+        x = x + self.dropout(self.cross(self.cross_norm(x), keys, values, mask))
         return x + self.dropout(self.ff(self.ff_norm(x)))
+
+    def start_cache(self, memory: Tensor, length: int) -> tuple[Tensor, ...]:
+        """For generation: room for the keys and values of `length` tokens, 2 x (B, H, length, K),
+        and the keys and values of the encoder's output, 2 x (B, H, S, K)."""
+        keys, values = self.cross.keys_values(memory)
+        room = (*keys.shape[:2], length, keys.shape[3])
+        return keys.new_empty(room), keys.new_empty(room), keys, values
 
 
 class Stack(nn.Module):
@@ -430,6 +351,12 @@ class Stack(nn.Module):
         self.bias = RelativeBias(config, bidirectional)
         self.blocks = nn.ModuleList(block(config) for _ in range(depth))
         self.norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def score_bias(self, length: int, mask: Tensor) -> Tensor:
+        """What every block adds to its scores: relative bias plus mask, in the mask's dtype and
+        contiguous, as CUDA's attention kernels want it. (..., length or 1, length) -> (B or 1, H,
+        length, length)"""
+        return (self.bias(length).to(mask.dtype) + mask).contiguous()
 
 
 class T5(nn.Module):
@@ -444,13 +371,17 @@ class T5(nn.Module):
         self.decoder = Stack(config, DecoderBlock, config.num_decoder_layers, bidirectional=False)
         self.head = None  # tied: the embedding's matrix is used
         if not config.tie_word_embeddings:
-            self.head = Linear(config.d_model, config.vocab_size)
-        self.dropout = Dropout(config.dropout_rate)
-        self.init_weights()
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        if not self.embedding.weight.is_meta:  # else the weights come later
+            self.init_weights(torch.initial_seed())
 
-    def init_weights(self) -> None:
+    def init_weights(self, seed: int, own: Own | None = None) -> None:
         """T5's initialisation: unscaled scores and logits start out with a variance of about 1.
 
+        Each parameter has a random stream of its own, seeded by (seed, name) and drawn on the CPU,
+        so the weights are the same on any device and at any number of processes; `own` says which
+        rows this process keeps. One whole parameter is in memory at a time.
         https://github.com/huggingface/transformers/blob/v4.28.1/src/transformers/models/t5/modeling_t5.py
         (its untied head, drawn with std 1, starts with logits sqrt(D) too wide; ours has D^-0.5)
         """
@@ -464,71 +395,57 @@ class T5(nn.Module):
         }  # all others (k, v, wi, wi_0, wi_1, bias): D^-0.5
         for name, parameter in self.named_parameters():
             layer = name.split(".")[-2]
+            drawn = torch.ones(parameter.shape, device="cpu")
             if not layer.endswith("norm"):
+                stream = hashlib.sha256(f"{seed} {name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "big"))
                 scale = c.initializer_factor * std.get(layer, c.d_model**-0.5)
-                nn.init.normal_(parameter, std=scale)
+                nn.init.normal_(drawn, std=scale, generator=generator)
+            tensor, first, end = (own or whole)(parameter)
+            tensor.detach().copy_(drawn[first:end])
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The repeated parts, in order: what is sharded, recomputed or compiled one by one."""
         return [*self.encoder.blocks, *self.decoder.blocks]
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """(N,) -> (N, D) float32"""
-        return self.dropout(self.embedding(ids).float())
-
-    def encode(self, x: Tensor, places: Places, mask: Tensor) -> Tensor:
-        """Embedded sources (N, D), (B, 1, 1, S) additive mask -> (N, D) float32"""
-        bias = self.encoder.bias(places.shape[1])
+    def encode(self, x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded sources (B, S, D), their mask (B, S) -> the encoder's output (B, S, D) and the
+        additive mask (B, 1, 1, S), both in the compute dtype."""
+        mask = additive_mask(attention_mask, compute_dtype(self.encoder.norm.weight))
+        bias = self.encoder.score_bias(x.shape[1], mask)
+        x = self.dropout(x)
         for block in self.encoder.blocks:
-            x = block(x, places, bias, mask)
-        return self.dropout(self.encoder.norm(x))
+            x = block(x, bias)
+        return self.dropout(self.encoder.norm(x)), mask
 
-    def decode(self, x: Tensor, places: Places, *rest: Any, caches: list | None = None) -> Tensor:
-        """Embedded inputs (N, D), memory, its places, causal bias (1, H, T, T), mask -> (N, D)"""
-        for block, cache in zip(self.decoder.blocks, caches or [None] * len(self.decoder.blocks)):
-            x = block(x, places, *rest, cache)
-        return self.dropout(self.decoder.norm(x))
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., V)"""
+    def decode(self, x: Tensor, *rest: Tensor, caches: Sequence = ()) -> Tensor:
+        """Embedded inputs (B, T, D); memory, bias and mask as DecoderBlock -> logits (B, T, V)"""
+        x = self.dropout(x)
+        for block, cache in zip_longest(self.decoder.blocks, caches):
+            x = block(x, *rest, cache)
+        x = self.dropout(self.decoder.norm(x))
         if self.config.scale_decoder_outputs:
             x = x * self.config.d_model**-0.5
-        return linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
-    def causal_bias(self, length: int) -> Tensor:
-        """(1, H, length, length): the decoder's bias, MASKED where a key is in the future"""
-        bias = self.decoder.bias(length)
-        return bias + torch.full_like(bias[0, 0], MASKED).triu(1)
+    def causal_bias(self, length: int, dtype: torch.dtype) -> Tensor:
+        """(1, H, length, length): the decoder's bias, MASKED where a key is in the future."""
+        device = self.decoder.bias.weight.device
+        future = torch.full((1, 1, length, length), MASKED, dtype=dtype, device=device).triu(1)
+        return self.decoder.score_bias(length, future)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        decoder_input_ids: Tensor,
-        wanted: Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
     ) -> Tensor:
         """Logits (B, T, V) for source ids (B, S), their mask (B, S; 1 token, 0 padding) and
-        decoder inputs (B, T), all integer tensors. Where the decoder input is trailing PAD the
-        logits are unspecified.
-
-        `wanted`, M places of the flattened (B * T), asks for the logits there and nowhere else:
-        (M, V). In training these are the targets, and logits are the largest tensor there is.
-        """
-        mask = additive_mask(attention_mask)
-        sources = Places(attention_mask != 0)
-        needed = torch.full_like(decoder_input_ids, wanted is None, dtype=torch.bool)
-        if wanted is not None:  # tokens see the past alone: a row's last wanted one ends it
-            needed.view(-1).index_fill_(0, wanted, True)
-            needed = needed.flip(1).cumsum(1).flip(1) > 0
-            needed[:, 0] = True  # and no row is empty
-        places, bias = Places(needed), self.causal_bias(decoder_input_ids.shape[1])
-        # Looked up at once: the embedding's gradient, (V, D), need not exist twice.
-        ids = [sources.pack(input_ids), places.pack(decoder_input_ids)]
-        x, y = self.embed(torch.cat(ids)).split([len(part) for part in ids])
-        memory = self.encode(x, sources, mask)
-        y = places.unpack(self.decode(y, places, memory, sources, bias, mask))
-        return self.logits(y if wanted is None else y.flatten(0, 1).index_select(0, wanted))
+        decoder inputs (B, T), all integer tensors."""
+        lengths = input_ids.shape[1], decoder_input_ids.shape[1]
+        ids = torch.cat([input_ids, decoder_input_ids], dim=1)
+        # One lookup for both: the embedding's gradient, (V, D), need not exist twice.
+        x, y = self.embedding(ids).float().split(lengths, dim=1)
+        memory, mask = self.encode(x, attention_mask)
+        return self.decode(y, memory, self.causal_bias(lengths[1], mask.dtype), mask)
 
     @torch.no_grad()
     def generate(
@@ -536,29 +453,22 @@ class T5(nn.Module):
     ) -> Tensor:
         """Greedy decoding: (B, S), (B, S) -> (B, at most max_new_tokens) int64, without the start
         token, PAD after a row's EOS; it stops when every row has ended. Call `eval()` before."""
-        c, row = self.config, torch.arange(len(input_ids), device=input_ids.device)
-        mask, sources = additive_mask(attention_mask), Places(attention_mask != 0)
-        memory = self.encode(self.embed(sources.pack(input_ids)), sources, mask)
-        bias = self.causal_bias(max_new_tokens)
-        caches = [Cache(max_new_tokens) for _ in self.decoder.blocks]
-        token = torch.full_like(row, c.decoder_start_token_id)
-        ended = torch.zeros_like(row, dtype=torch.bool)
-        places = Places(~ended[:, None])  # one token a row
-        tokens = input_ids.new_full((len(row), max_new_tokens), c.pad_token_id)
+        c = self.config
+        memory, mask = self.encode(self.embedding(input_ids).float(), attention_mask)
+        room = -(-max_new_tokens // 8) * 8  # rows of the bias are aligned for CUDA's kernels
+        bias = self.causal_bias(room, mask.dtype)
+        caches = [block.start_cache(memory, room) for block in self.decoder.blocks]
+        tokens = input_ids.new_full((len(input_ids), max_new_tokens), c.pad_token_id)
+        token = torch.full_like(input_ids[:, :1], c.decoder_start_token_id)  # (B, 1)
+        ended = torch.zeros_like(token, dtype=torch.bool)
         for t in range(max_new_tokens):
             now = bias[:, :, t : t + 1, : t + 1]
-            x = self.decode(self.embed(token), places, memory, sources, now, mask, caches=caches)
-            token = self.logits(x).argmax(-1).masked_fill(ended, c.pad_token_id)
-            tokens[row, t] = token
+            logits = self.decode(self.embedding(token).float(), memory, now, mask, caches=caches)
+            token = logits.argmax(-1).masked_fill(ended, c.pad_token_id)
+            tokens[:, t : t + 1] = token
             ended = ended | (token == c.eos_token_id)
-            if (left := len(row) - int(ended.sum())) == 0:
+            if ended.all():  # the one value of a token that the host waits for
                 return tokens[:, : t + 1]
-            if left <= len(row) // 2:  # the others leave: each time the caches are copied
-                going = (~ended).nonzero()[:, 0]
-                row, token, ended, mask = (x[going] for x in (row, token, ended, mask))
-                places = Places(~ended[:, None])
-                for cache in caches:
-                    cache.keep(going)
         return tokens
 
     @classmethod
@@ -581,9 +491,10 @@ class T5(nn.Module):
         # transformers >= 5 writes tie_word_embeddings = true whatever is true: ask the tensors.
         if config.tie_word_embeddings and head and shared:
             config.tie_word_embeddings = same(head, shared)
-        with torch.device("meta" if prepare else "cpu"), Uninitialised():
+        with torch.device("meta"), Uninitialised():
             model = cls(config)
-        load_weights(model, readers, folder, prepare(model) if prepare else whole)
+        own = prepare(model) if prepare else model.to_empty(device="cpu") and whole
+        load_weights(model, readers, folder, own)
         return model.eval()
 
     def save_pretrained(
@@ -634,9 +545,9 @@ class T5(nn.Module):
         write_json(folder / "config.json", self.config.to_dict())
 
 
-def additive_mask(attention_mask: Tensor) -> Tensor:
-    """(B, S), 1 for a token and 0 for padding -> (B, 1, 1, S) float32, added to scores"""
-    return (1.0 - attention_mask[:, None, None, :].float()) * MASKED
+def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, S), 1 for a token and 0 for padding -> (B, 1, 1, S), added to scores."""
+    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * MASKED
 
 
 def shift_right(labels: Tensor, start: int = 0, pad: int = 0) -> Tensor:

@@ -16,12 +16,10 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
 import platform
-import re
 import resource
 import shlex
 import shutil
@@ -34,7 +32,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,39 +58,57 @@ from data import (
     is_correct,
     load_dataset,
     micro_batches,
+    round_up,
     step_examples,
     tokenize_rows,
 )
 from dsbs import METHODS, PREFIXES, make_rows, multitask_loss, wanted_label
 from eval import (
+    MULTIPLE,
     NAMED,
+    RunError,
     Student,
     autocast,
     choose_device,
+    exit_status,
     leave,
     print0,
     processes,
     rank_and_world,
+    replaced,
 )
-from t5 import T5, T5Config, load_weights, open_checkpoint, read_config, shift_right, write_json
+from t5 import (
+    T5,
+    T5Config,
+    Uninitialised,
+    load_weights,
+    open_checkpoint,
+    read_config,
+    shift_right,
+    write_json,
+)
 
 HERE = Path(__file__).parent
 DEMO_VOCABULARY = HERE / "demo" / "spiece.model"
 MAX_TARGET = 256  # the released code's cut
-LOST = re.compile("connection|peer|timed out|timeout|NCCL", re.IGNORECASE)
 
-# Appendix A.1; small and xl are not in the paper and take their neighbours' recipe. micro_batch
-# (rows in one forward on one device) and recompute do not change the result.
-PAPER = dict(lr=5e-5, batch_size=64, steps=10_000, eval_every=250, micro_batch=16, recompute=False)
-PAPER_XXL = dict(lr=5e-5, batch_size=32, steps=4_000, eval_every=250, micro_batch=2, recompute=True)
+# Appendix A.1; small and xl are not in the paper and take their neighbours' recipe. micro_tokens
+# and recompute do not change the result. micro_tokens lets rows of 1,024 + 256 tokens fill a 40 GB
+# card (`--plan` says how full it is); for xxl it is one micro-batch a step on 16 cards, since FSDP
+# gathers the whole model for each.
+PAPER = dict(lr=5e-5, batch_size=64, steps=10_000, eval_every=250, recompute=False)
+PAPER_XXL = dict(lr=5e-5, batch_size=32, steps=4_000, eval_every=250, recompute=True)
 RECIPES = {
-    "tiny": dict(PAPER, lr=1e-3, batch_size=32, steps=700, eval_every=50, micro_batch=64),
-    "small": PAPER,
-    "base": PAPER,
-    "large": PAPER,
-    "xl": PAPER_XXL,
-    "xxl": PAPER_XXL,
+    "tiny": dict(PAPER, lr=1e-3, batch_size=32, steps=700, eval_every=50, micro_tokens=65_536),
+    "small": dict(PAPER, micro_tokens=40_960),
+    "base": dict(PAPER, micro_tokens=32_768),
+    "large": dict(PAPER, micro_tokens=12_288),
+    "xl": dict(PAPER_XXL, micro_tokens=10_240),
+    "xxl": dict(PAPER_XXL, micro_tokens=5_120),
 }
+# What a forward and backward pass costs besides its places, in places. On a GPU: launches, casts
+# of weights, sums of gradients (estimated; about the same for all sizes); on a CPU: the sums.
+OVERHEAD = {"cuda": 1024, "cpu": 128}
 
 
 # ------------------------------------------------------------------------------- configuration
@@ -126,13 +141,13 @@ class Config:
     # These may change when a run is resumed: they do not change what it computes, but for which
     # numbers of dropout's random stream fall to which row, where micro-batches change.
     save_every: int | None = None
-    micro_batch: int | None = None
+    micro_tokens: int | None = None  # places of a micro-batch on one device, padding included
     parallel: str | None = None
     recompute: bool | None = None  # activations, block by block, in the backward pass
     compile: bool = False  # the blocks, by torch.compile: the same sums in another order
 
 
-MAY_CHANGE = {"save_every", "micro_batch", "parallel", "recompute", "compile"}
+MAY_CHANGE = {"save_every", "micro_tokens", "parallel", "recompute", "compile"}
 
 
 def one_of(flag: str, value: str, allowed: Iterable[str]) -> None:
@@ -187,7 +202,7 @@ def resolve(config: Config) -> Config:
         c.parallel = "none"
     elif c.parallel is None:
         c.parallel = "ddp" if fits(c, device) else "fsdp"
-    counted = ("steps", "batch_size", "eval_every", "save_every", "micro_batch")
+    counted = ("steps", "batch_size", "eval_every", "save_every", "micro_tokens")
     bounds = {name: (getattr(c, name) >= 1, "at least 1") for name in counted}
     bounds |= {  # also refuses NaN
         "seed": (c.seed >= 0, "at least 0"),
@@ -223,7 +238,7 @@ def command(c: Config, out: str, resume: bool = False) -> str:
     words = ["python"] if local == "1" else ["torchrun", f"--nproc_per_node={local}"]
     words.append("train.py")
     default = asdict(Config())
-    default |= {name: RECIPES[c.size][name] for name in ("micro_batch", "recompute")}
+    default |= {name: RECIPES[c.size][name] for name in ("micro_tokens", "recompute")}
     for name, value in asdict(c).items():
         flag = name.replace("_", "-")
         if value == default[name] or name in ("save_every", "parallel"):
@@ -369,7 +384,7 @@ def save_student(
     elif isinstance(model, T5):
         model.save_pretrained(beside, lambda part: part.full_tensor(), writes)
     else:
-        with put_together(model):
+        with replaced(model, lambda part: part.full_tensor()):
             if writes:
                 model.save_pretrained(beside)
     if not writes:
@@ -388,18 +403,6 @@ def save_student(
         os.replace(folder, old)
     os.replace(beside, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def put_together(model: nn.Module) -> Iterator[None]:
-    """Whole parameters on every rank: for a fork that knows how to save only those."""
-    parts = [(module, name, part) for module in model.modules()
-             for name, part in module._parameters.items() if part is not None]  # fmt: skip
-    for module, name, part in parts:
-        module._parameters[name] = nn.Parameter(part.full_tensor())
-    yield
-    for module, name, part in parts:
-        module._parameters[name] = part
 
 
 def model_card(c: Config, step: int, accuracy: float) -> str:
@@ -465,6 +468,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer.per_thread_copy_ahead = 0  # else it copies through pinned memory, which torch keeps
     with checkpoint_errors():
         dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
 
@@ -651,7 +655,12 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
         parallelize(model, c).to_empty(device=own_device(c))
         return own_rows
 
-    if c.weights == "random":
+    if c.weights == "random" and to_shard and issubclass(evaluation.STUDENT, T5):
+        with torch.device("meta"), Uninitialised():
+            model = evaluation.STUDENT(untrained_config(c.size, tokenizer))
+        model.init_weights(c.seed, shard(model))
+        to_shard = False
+    elif c.weights == "random":
         model = evaluation.STUDENT(untrained_config(c.size, tokenizer))
     elif to_shard and issubclass(evaluation.STUDENT, T5):
         model, to_shard = evaluation.load_model(Path(c.weights), shard), False
@@ -682,10 +691,10 @@ def parallelize(model: nn.Module, c: Config) -> nn.Module:
     when the head needs it.
     """
     for block in dict.fromkeys(model.blocks):  # a fork may use one twice
-        if c.compile:
-            in_training(block, partial(torch.compile, dynamic=True))
         if c.recompute:
             recompute(block)
+        if c.compile:
+            block.compile(dynamic=True)
     if c.parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     if c.parallel == "fsdp":
@@ -699,20 +708,22 @@ def parallelize(model: nn.Module, c: Config) -> nn.Module:
         ends = [m for m in model.children() if isinstance(m, nn.Embedding | nn.Linear)]
         units = [*(ends if len(ends) > 1 else []), *model.blocks, model]
         for unit in dict.fromkeys(units):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            # The head is the first that the backward pass needs: it stays gathered until then.
+            reshard = False if isinstance(unit, nn.Linear) else None
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return model
 
 
 def recompute(block: nn.Module) -> None:
-    """Keeps only the block's input, and runs it again in the backward pass."""
-    in_training(block, lambda forward: partial(checkpoint, forward, use_reentrant=False))
-
-
-def in_training(block: nn.Module, change: Callable[[Callable], Callable]) -> None:
-    """Changes the block's forward where gradients are wanted; decoding keeps the plain one."""
+    """Keeps only the block's input in training, and runs it again in the backward pass."""
     plain = block.forward
-    changed = change(plain)
-    block.forward = lambda *inputs: (changed if torch.is_grad_enabled() else plain)(*inputs)
+
+    def forward(*inputs):
+        if torch.is_grad_enabled():
+            return checkpoint(plain, *inputs, use_reentrant=False)
+        return plain(*inputs)
+
+    block.forward = forward
 
 
 def own_rows(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
@@ -773,10 +784,6 @@ def check_files(c: Config) -> None:
 # ------------------------------------------------------------------------------------ the loop
 
 
-class TrainingError(Exception):
-    """A run that cannot go on; its last state is good."""
-
-
 class Signals:
     """SIGTERM and Ctrl-C while training: the first is noted, and heeded after the step."""
 
@@ -799,26 +806,22 @@ class Signals:
             self.got, self.at = number, time.monotonic()
 
 
-def to_tensors(batch: dict, device: torch.device) -> dict[str, Tensor]:
-    """`collate`'s arrays on the device, and wanted (M,): the places of the targets in the flattened
-    labels, found here because a GPU would have to be waited for."""
-    batch = {**batch, "wanted": np.flatnonzero(batch["labels"] >= 0)}
-    return {key: torch.from_numpy(array).to(device) for key, array in batch.items()}
+def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Arrays on the device; a GPU copies them from pinned memory while the host goes on."""
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    if device.type == "cuda":
+        tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
 
 
 def forward_backward(
     model: nn.Module, batch: dict[str, Tensor], counts: Tensor, c: Config, scale: int
 ) -> Tensor:
     """One micro-batch: adds to the gradients, returns its (L_label, L_rationale) shares."""
-    labels, tasks, wanted = batch["labels"], batch["tasks"], batch.get("wanted")
-    inputs = batch["input_ids"], batch["attention_mask"], shift_right(labels)
-    takes = inspect.signature(evaluation.STUDENT.forward).parameters
-    if wanted is not None and "wanted" in takes:  # logits at the targets alone; a fork may give all
-        tasks, labels = tasks[wanted // labels.shape[1]], labels.flatten()[wanted]
-        inputs = *inputs, wanted
+    labels = batch["labels"]
     with autocast(counts.device, c.precision):
-        logits = model(*inputs)
-    losses = multitask_loss(logits, labels, tasks, counts, c.lam)
+        logits = model(batch["input_ids"], batch["attention_mask"], shift_right(labels))
+    losses = multitask_loss(logits, labels, batch["tasks"], counts, c.lam)
     (losses.total * scale).backward()
     return torch.stack([losses.label, losses.rationale]).detach()
 
@@ -834,20 +837,29 @@ def train_step(
     rank, world = rank_and_world()
     mine = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
     sources, targets = (o[mine + 1] - o[mine] for o in (rows.source_offsets, rows.target_offsets))
-    counts = [int(targets[rows.tasks[mine] == task].sum()) for task in (0, 1)]
-    counts = torch.tensor(counts, device=device)
-    dealt = micro_batches(sources, targets, c.micro_batch, world)[rank]
+    multiple = MULTIPLE[device.type]
+    dealt = micro_batches(
+        round_up(sources, multiple), round_up(targets, multiple), rows.tasks[mine],
+        c.micro_tokens, world, OVERHEAD[device.type],
+    )[rank]  # fmt: skip
+    known = to_tensors({
+        # Each task's target tokens in the whole step: the denominators of Eq. 1 and 4.
+        "counts": np.array([targets[rows.tasks[mine] == task].sum() for task in (0, 1)]),
+        # Summed over ranks: L_label, L_rationale, ranks told to stop by SIGTERM, by SIGINT.
+        "shares": np.array([0, 0, stop == signal.SIGTERM, stop == signal.SIGINT], np.float32),
+    }, device)  # fmt: skip
+    counts, shares = known["counts"], known["shares"]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
     lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
     for group in optimizer.param_groups:
         group["lr"] = lr
     dropout_seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(dropout_seed[0]))
-    shares = torch.zeros(4, device=device)  # L_label, L_rationale, ranks told to stop (TERM, INT)
-    shares[2], shares[3] = stop == signal.SIGTERM, stop == signal.SIGINT
     losses = []
     for i, part in enumerate(dealt):
-        batch = to_tensors(collate(rows, mine[part]), device)
+        batch = to_tensors(collate(rows, mine[part], multiple), device)
         # Gradients are averaged over the ranks, and our losses are parts of one sum: times world.
         # DDP waits for the last to do it; FSDP does it each time, and keeps no whole gradients.
         wait = c.parallel == "ddp" and i < len(dealt) - 1
@@ -857,12 +869,14 @@ def train_step(
     if world > 1:
         dist.all_reduce(shares)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    grad_norm = (norm.full_tensor() if c.parallel == "fsdp" else norm).item()
-    label_loss, rationale_loss, terms, interrupts = shares.tolist()
+    norm = norm.full_tensor() if c.parallel == "fsdp" else norm
+    # The one time in a step that the host waits for the device.
+    figures = torch.cat([shares, norm[None]]).tolist()
+    label_loss, rationale_loss, terms, interrupts, grad_norm = figures
     loss = label_loss + c.lam * rationale_loss
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         bad = [mine[part] for part, some in zip(dealt, losses) if not some.isfinite().all()]
-        raise TrainingError(
+        raise RunError(
             f"step {step + 1}: loss {loss}, gradient norm {grad_norm} is not finite"
             f"{blame(bad, mine, data)}. Nothing was changed by this step; lower --lr or mend the "
             "examples"
@@ -875,7 +889,7 @@ def train_step(
         "loss": loss, "lr": lr, "grad_norm": grad_norm,
         "examples_per_second": c.batch_size / seconds,
         "tokens_per_second": int(sources.sum() + targets.sum()) / seconds,
-        "peak_memory_bytes": peak_memory(device),
+        **memory_figures(device),
     }  # fmt: skip
     return metrics, signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
 
@@ -897,12 +911,16 @@ def blame(bad: list[np.ndarray], step_rows: np.ndarray, data: Data) -> str:
     return "".join(words) or f"; {examples([step_rows])}"
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's on a GPU, this process's resident set on a CPU."""
+def memory_figures(device: torch.device) -> dict[str, int]:
+    """Bytes: of the step on a GPU, also what torch's allocator reserved for it; of the process so
+    far (its resident set) on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "reserved_memory_bytes": torch.cuda.max_memory_reserved(device),
+        }
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def log_line(c: Config, m: dict, seconds_left: float) -> str:
@@ -919,7 +937,7 @@ def log_line(c: Config, m: dict, seconds_left: float) -> str:
 def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
     """From the first step, or the last saved one, to the last; leaves `best/` and `last/`.
 
-    Returns 0, or the number of the signal after which it saved and stopped. Raises TrainingError
+    Returns 0, or the number of the signal after which it saved and stopped. Raises RunError
     where a loss or gradient is not finite.
     """
     rank, world = rank_and_world()
@@ -939,7 +957,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
         f"model: {c.weights} ({c.size}), {parameters:,} parameters; {c.precision} on {world} x "
         f"{device.type}, {c.parallel}; {torch.get_num_threads()} threads\n"
         f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
-        f"most {c.micro_batch} rows; valid every {c.eval_every}, state every {c.save_every}"
+        f"most {c.micro_tokens:,} tokens; valid every {c.eval_every}, state every {c.save_every}"
         + (f"; continuing after step {done}" if done else "")
         + f"\ndisk: a state {12 * parameters / 1e6:,.0f} MB, best and last "
         f"{4 * parameters / 1e6:,.0f} MB each" + (", exported at the end" if sharded else "")
@@ -975,7 +993,8 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
             last_step, improved = step == c.steps, False
             if step % c.eval_every == 0 or last_step:
                 start = time.monotonic()
-                summary, _ = evaluation.evaluate(student, data.valid, progress="valid")
+                with torch.compiler.set_stance("force_eager" if c.compile else "default"):
+                    summary, _ = evaluation.evaluate(student, data.valid, progress="valid")
                 if (seconds := time.monotonic() - start) > 10:
                     print0(f"evaluation of step {step} took {seconds:.1f} s")
                 metrics["valid_accuracy"] = summary["accuracy"]
@@ -1113,14 +1132,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="cpu, cuda or cuda:N; default: the best there is")
     add("--precision", help="fp32 or bf16; default bf16 on CUDA, fp32 on CPU")
     add("--save-every", type=int, help="steps; default: as often as it evaluates")
-    add("--micro-batch", type=int, help="rows in one forward on one device")
+    add("--micro-tokens", type=int, help="most padded places (source + target) in one forward on "
+        "one device")  # fmt: skip
     add("--parallel", help="none, ddp or fsdp; default under torchrun: ddp, or fsdp if the model "
         "does not fit a device")  # fmt: skip
     add("--recompute", action=argparse.BooleanOptionalAction, help="activations in the backward "
         "pass, to save memory; default for xl and xxl")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, help="the model's blocks, for GPUs; "
         "takes minutes once")  # fmt: skip
-    add("--timeout", type=float, help="seconds that processes wait for each other; default 1800")
+    add("--timeout", type=float, help="seconds that processes wait for each other; default 600")
     add("--plan", action="store_true", help="print memory, steps and time; train nothing")
     add("--gpus", type=int, help="with --plan; default 1")
     add("--json", action="store_true", help="with --plan")
@@ -1179,9 +1199,10 @@ def main(argv: list[str] | None = None) -> int:
     130 for one that a signal stopped."""
     given = vars(parse_args(argv))
     out, resume = given.pop("out", None), given.pop("resume", False)
-    timeout, only_plan = given.pop("timeout", 1800), given.pop("plan", False)
+    timeout, only_plan = given.pop("timeout", evaluation.TIMEOUT), given.pop("plan", False)
     gpus, as_json = given.pop("gpus", None), given.pop("json", False)
-    try:
+
+    def program() -> int:
         if only_plan:
             from scripts import plan
 
@@ -1190,27 +1211,15 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("--gpus and --json are for --plan; processes are torchrun's to start")
         if not 0 < timeout < 10**7:
             raise UserError(f"--timeout {timeout}: must be a positive number of seconds")
-        given = remembered(given, out, resume)
-        with processes(choose_device(given.get("device")), timeout):
-            return run(given, out, resume)
-    except (UserError, TrainingError) as error:  # the same on every rank: one line a machine
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(2)  # torchrun ends all when the first has ended: not before it has spoken
-        return 2 if isinstance(error, UserError) else 1
-    except RuntimeError as error:  # a collective that another rank has left
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not LOST.search(str(error)):
-            raise
-        print(f"error: rank {os.environ['RANK']} has lost another, whose own error says why: "
-              f"{str(error).splitlines()[0][:200]}", file=sys.stderr)  # fmt: skip
-        return 1
-    except (OSError, SafetensorError) as error:  # a full disk, above all
-        print(f"error: {error}; the last saved state is kept: mend this and add --resume",
-              file=sys.stderr)  # fmt: skip
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        settings = remembered(given, out, resume)
+        try:
+            with processes(choose_device(settings.get("device")), timeout):
+                return run(settings, out, resume)
+        except (OSError, SafetensorError) as error:  # a full disk, above all
+            raise RunError(f"{error}; the last saved state is kept: once this is solved, continue "
+                           "with --resume") from None  # fmt: skip
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":
