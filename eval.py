@@ -231,8 +231,7 @@ def replaced(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
     """change(p) instead of each parameter p, for a while; p itself is not touched."""
     before = [(module, name, p) for module in model.modules()
               for name, p in module._parameters.items() if p is not None]  # fmt: skip
-    after = {p: nn.Parameter(change(p.detach()), requires_grad=False)
-             for p in dict.fromkeys(p for *_, p in before)}  # fmt: skip
+    after = {p: nn.Parameter(change(p.detach())) for p in dict.fromkeys(p for *_, p in before)}
     for module, name, p in before:
         setattr(module, name, after[p])
     try:
@@ -293,7 +292,7 @@ def generate_texts(
         batches[rank::world], desc=progress, leave=False,
         disable=rank > 0 or not progress or not sys.stderr.isatty(),
     )
-    with ready(model, student.precision), autocast(device, student.precision):
+    with torch.no_grad(), ready(model, student.precision), autocast(device, student.precision):
         for batch in bar:
             rows = [ids[i] for i in batch]
             input_ids = pad(rows, student.tokenizer.pad_id, MULTIPLE[device.type])

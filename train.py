@@ -83,7 +83,6 @@ from t5 import (
     Uninitialised,
     load_weights,
     open_checkpoint,
-    read_config,
     shift_right,
     write_json,
 )
@@ -201,7 +200,7 @@ def resolve(config: Config) -> Config:
     if world == 1:
         c.parallel = "none"
     elif c.parallel is None:
-        c.parallel = "ddp" if fits(c, device) else "fsdp"
+        c.parallel = default_parallel(c.size)
     counted = ("steps", "batch_size", "eval_every", "save_every", "micro_tokens")
     bounds = {name: (getattr(c, name) >= 1, "at least 1") for name in counted}
     bounds |= {  # also refuses NaN
@@ -216,6 +215,12 @@ def resolve(config: Config) -> Config:
         if not fine:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be {allowed}")
     return c
+
+
+def default_parallel(size: str) -> str:
+    """For several processes: weights, gradients and AdamW's moments, 16 bytes a parameter, of xl
+    (46 GB) and xxl (178 GB) are sharded; smaller models have a copy on each GPU."""
+    return "fsdp" if size in ("xl", "xxl") else "ddp"
 
 
 def run_name(c: Config) -> str:
@@ -735,24 +740,6 @@ def own_rows(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
     return part, first, first + part.shape[0]
 
 
-def fits(c: Config, device: torch.device) -> bool:
-    """Do weights, gradients and AdamW's moments, 16 bytes a parameter, leave a fifth of a device
-    (or of this process's share of the host) free?"""
-    try:
-        known = Path(c.weights, "config.json").is_file()
-        config = read_config(Path(c.weights)) if known else T5Config.preset(c.size)
-    except ValueError:
-        return True  # who loads it will say what is wrong
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in T5(config).parameters())
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory
-    else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        room //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 16 * parameters < 0.8 * room
-
-
 def check_files(c: Config) -> None:
     """UserError that names all weights and data files that are missing, each with what fetches
     it, before anything is read."""
@@ -1134,8 +1121,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--save-every", type=int, help="steps; default: as often as it evaluates")
     add("--micro-tokens", type=int, help="most padded places (source + target) in one forward on "
         "one device")  # fmt: skip
-    add("--parallel", help="none, ddp or fsdp; default under torchrun: ddp, or fsdp if the model "
-        "does not fit a device")  # fmt: skip
+    add("--parallel", help="none, ddp or fsdp; default under torchrun: fsdp for xl and xxl, "
+        "else ddp")  # fmt: skip
     add("--recompute", action=argparse.BooleanOptionalAction, help="activations in the backward "
         "pass, to save memory; default for xl and xxl")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, help="the model's blocks, for GPUs; "

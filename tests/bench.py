@@ -277,7 +277,7 @@ def optimizer_step(who: str, model, optimizer, batches: list[dict]) -> None:
     if who == OURS:
         c = train.Config(device="cpu", precision="fp32", parallel="none")
         for batch in batches:
-            counts = torch.tensor([len(batch["wanted"]), 0])
+            counts = torch.tensor([int((batch["labels"] >= 0).sum()), 0])
             train.forward_backward(model, batch, counts, c, 1)
     else:
         losses = [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"],
@@ -542,8 +542,8 @@ def child_growth(size: str, rows: str, source: str, target: str) -> dict:
     optimizer, long = adamw(OURS, model), dict(dtype=torch.long)
     labels = torch.randint(3, 30_000, (rows, target))
     batch = dict(input_ids=torch.randint(3, 30_000, (rows, source)), labels=labels,
-                 attention_mask=torch.ones(rows, source, **long), tasks=torch.zeros(rows, **long),
-                 wanted=torch.arange(labels.numel()))  # fmt: skip
+                 attention_mask=torch.ones(rows, source, **long),
+                 tasks=torch.zeros(rows, **long))  # fmt: skip
     make_moments(model, optimizer)
     with Peak() as peak:
         optimizer_step(OURS, model, optimizer, [batch])
