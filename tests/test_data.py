@@ -561,11 +561,19 @@ def test_steps_go_through_the_epochs() -> None:
     assert step_examples(10, 4, 4, 0).tolist() != steps[0], "another seed, another order"
 
 
-def test_the_longest_rows_have_company_of_few() -> None:
-    sources, targets = np.array([10] * 12 + [100] * 4), np.array([5] * 16)
-    dealt = micro_batches(sources, targets, size=16, world=2)
-    sizes = [[len(piece) for piece in rank] for rank in dealt]
-    assert sum(map(sum, sizes)) == 16
-    costs = [len(p) * (sources[p].max() + 5) for rank in dealt for p in rank if len(p)]
-    assert max(costs) == 4 * 105, "not 8 * 105, as equal shares would have it"
-    assert micro_batches(sources[:1], targets[:1], 8, 3)[2][0].size == 0, "a rank without rows"
+def test_micro_batches_by_hand() -> None:
+    """Eight labels of 5 tokens and eight rationales of 45, all with sources of 10 or 100."""
+    sources, tasks = np.array([10, 100] * 8), np.array([0] * 8 + [1] * 8)
+    targets = np.where(tasks, 45, 5)
+    deal = lambda most, world, overhead: [  # noqa: E731
+        [sorted(zip(tasks[p].tolist(), sources[p].tolist())) for p in rank]
+        for rank in micro_batches(sources, targets, tasks, most, world, overhead)
+    ]
+    kinds = [(task, source) for task in (0, 1) for source in (10, 100)]
+    four = [[kind] * 4 for kind in kinds]
+    assert len(deal(10_000, 1, 50)[0]) > 3, "less padding where each costs little"
+    one_task = [four[0] + four[1], four[2] + four[3]]
+    assert sorted(deal(10_000, 1, 5_000)[0]) == one_task, "few where each costs much"
+    assert sorted(sum(deal(10_000, 2, 5_000), [])) == one_task, "a round for two ranks"
+    assert max(map(len, deal(300, 1, 5_000)[0])) == 5, "5 x (10 + 45), 2 x (100 + 45)"
+    assert deal(10_000, 3, 5_000)[2] == [[]], "a rank without rows"

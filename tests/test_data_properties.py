@@ -255,40 +255,38 @@ def test_every_epoch_has_every_example_once(n: int, batch: int, seed: int, epoch
 lengths = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 20)), min_size=1, max_size=40)
 
 
-@given(lengths, st.integers(1, 9), st.integers(1, 5))
-def test_micro_batches_hold_every_row_once(pairs: list, size: int, world: int) -> None:
+def places(piece: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> int:
+    return len(piece) * int(sources[piece].max(initial=0) + targets[piece].max(initial=0))
+
+
+@given(lengths, st.integers(30, 900), st.integers(1, 5), st.integers(0, 300), st.integers(0, 9))
+def test_micro_batches(pairs: list, most: int, world: int, overhead: int, seed: int) -> None:
+    """Every row once, one task a piece, no piece above the limit, equally many for all ranks."""
     sources, targets = np.array(pairs).T
-    dealt = micro_batches(sources, targets, size, world)
-    assert len(dealt) == world
-    assert {len(rank) for rank in dealt} == {-(-len(pairs) // (size * world))}
-    ordered = [piece for step in zip(*dealt) for piece in step]  # as they were cut
-    assert all(len(piece) <= size for piece in ordered)
-    rows = np.concatenate(ordered)
-    assert rows.tolist() == sorted(range(len(pairs)), key=lambda i: (*pairs[i], i))
-    first_empty = next((i for i, piece in enumerate(ordered) if not len(piece)), len(ordered))
-    assert not any(map(len, ordered[first_empty:])), "empty ones come last"
-    again = micro_batches(sources, targets, size, world)
-    assert [[p.tolist() for p in rank] for rank in again] == [
-        [p.tolist() for p in r] for r in dealt
-    ]
+    tasks = np.random.default_rng(seed).integers(0, 2, len(pairs))
+    dealt = micro_batches(sources, targets, tasks, most, world, overhead)
+    assert len(dealt) == world and len({len(rank) for rank in dealt}) == 1
+    ordered = [piece for step in zip(*dealt) for piece in step]
+    assert sorted(np.concatenate(ordered).tolist()) == list(range(len(pairs)))
+    costs = [places(piece, sources, targets) for piece in ordered]
+    assert all(c <= most or len(p) == 1 for c, p in zip(costs, ordered))
+    assert all(len(set(tasks[p].tolist())) <= 1 for p in ordered)
+    assert costs == sorted(costs, reverse=True), "like cost at one time, empty ones last"
+    assert sum(len(rank[-1]) > 0 for rank in dealt) > 0, "no round without rows"
+    again = micro_batches(sources, targets, tasks, most, world, overhead)
+    assert all(np.array_equal(p, q) for a, b in zip(dealt, again) for p, q in zip(a, b)), "pure"
 
 
-@given(lengths.filter(lambda pairs: len(pairs) <= 9), st.integers(1, 4), st.integers(1, 3))
-def test_the_costliest_micro_batch_is_as_cheap_as_can_be(pairs, size, world) -> None:
-    """Against every way of cutting the sorted rows into contiguous pieces."""
-    ordered = sorted(pairs)
-    n_pieces = world * -(-len(pairs) // (size * world))
-
-    def cost(piece) -> int:
-        return len(piece) * (max(s for s, _ in piece) + max(t for _, t in piece))
-
-    def best(start: int, pieces: int) -> float:
-        if start == len(ordered):
-            return 0
-        ends = range(start + 1, min(start + size, len(ordered)) + 1) if pieces else ()
-        return min((max(cost(ordered[start:e]), best(e, pieces - 1)) for e in ends), default=1e9)
-
+@given(lengths.filter(lambda pairs: len(pairs) <= 9), st.integers(1, 60))
+def test_micro_batches_take_little_more_time_than_the_best_cut(pairs: list, overhead: int) -> None:
+    """One rank, one task: against every way of cutting the sorted rows into contiguous pieces."""
     sources, targets = np.array(pairs).T
-    dealt = micro_batches(sources, targets, size, world)
-    costs = [cost([pairs[i] for i in piece]) for rank in dealt for piece in rank if len(piece)]
-    assert max(costs) == best(0, n_pieces)
+    order = np.lexsort((sources + targets,))
+
+    def best(start: int) -> float:
+        ends = range(start + 1, len(order) + 1)
+        costs = (places(order[start:e], sources, targets) + overhead + best(e) for e in ends)
+        return min(costs, default=0)
+
+    dealt = micro_batches(sources, targets, np.zeros(len(pairs)), 10**6, 1, overhead)[0]
+    assert sum(places(p, sources, targets) + overhead for p in dealt) <= 1.5 * best(0)

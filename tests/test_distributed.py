@@ -32,7 +32,7 @@ import eval as evaluation
 from data import Tokenizer
 from t5 import T5, T5Config
 
-SAME = "--steps 12 --batch-size 6 --micro-batch 2 --eval-every 6 --save-every 3 --lr 5e-5".split()
+SAME = "--steps 12 --batch-size 6 --micro-tokens 99 --eval-every 6 --save-every 3 --lr 5e-5".split()
 
 
 @pytest.fixture(scope="module")

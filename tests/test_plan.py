@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from scripts import plan
-from t5 import PRESETS, T5, T5Config, shift_right
+from t5 import T5, T5Config, shift_right
 
 KEYS = ("parameters", "peak_gib", "fits_40gb", "fits_80gb", "steps", "flops_per_step",
         "truncated_share")  # fmt: skip
@@ -29,9 +29,14 @@ def test_xxl_on_sixteen_gpus():
     assert p["parameters"] == 11_135_332_352 and p["parallel"] == "fsdp" and p["recompute"]
     assert 12 < p["peak_gib"] <= 16 and p["fits_40gb"] and p["fits_80gb"]
     shard = 4 * p["parameters"] / 16 / 2**30
+    assert p["micro_batches_per_step"] == 1, "FSDP gathers the whole model for each"
+    sent = 8 * p["parameters"] / plan.BANDWIDTH
+    assert p["communication_seconds"] == pytest.approx(sent)
+    assert p["seconds_per_step"] == max(p["compute_seconds"], sent) <= 1.9
     parts = p["parts_gib"]
+    assert {"gathered_weights", "gather_outputs", "reduce_scatter_inputs"} < parts.keys()
     assert parts["weights"] == pytest.approx(shard, rel=0.01)
-    assert parts["gradients"] == pytest.approx(shard, rel=0.01)
+    assert parts["gradients"] == pytest.approx(shard, rel=0.06), "the embedding's is the last"
     assert parts["optimizer"] == pytest.approx(2 * shard, rel=0.01)
     assert p["steps"] == 4000 and len(p["assumed"]) == 2, "no weights and no data are here"
 
@@ -46,20 +51,10 @@ def test_a_run_with_data_is_counted_from_them(tmp_path):
     said = run("train.py", "--plan", *flags).stdout
     assert not (tmp_path / "r").exists()
     for words in ("952,064 parameters", "peak", "fits a 40 GB card", "rows cut",
-                  "FLOPs a step", "40% of an A100's 312 TFLOP/s", "leaves out"):  # fmt: skip
+                  "FLOPs a step", "40% of an A100's 312 TFLOP/s", "leaves out",
+                  "200 GB/s", "host memory", "expandable_segments"):  # fmt: skip
         assert words in said
     assert "error: --gpus 0" in run("train.py", "--plan", "--gpus", 0, check=2).stderr
-
-
-def test_what_does_not_fit_is_given_a_remedy():
-    config = T5Config.preset("small", num_layers=1, num_decoder_layers=1)
-    c = train.Config(size="small", precision="bf16", micro_batch=4, batch_size=8, recompute=False,
-                     parallel="none")  # fmt: skip
-    needs = lambda n, **more: plan.needs(  # noqa: E731
-        plan.simulate(train.Config(**{**train.asdict(c), **more}), config, n, 1024, 256)
-    )
-    assert plan.remedy(c, config, 1, needs(1, micro_batch=2)) == "--micro-batch 2"
-    assert "nothing" in plan.remedy(c, config, 1, 0.0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -117,14 +112,7 @@ def test_simulated_memory_is_a_real_process_s(recompute):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env=env)  # fmt: skip
     config = T5Config.preset("small", dropout_rate=0.0, num_layers=3, num_decoder_layers=3)
-    c = train.Config(precision="fp32", recompute=recompute, micro_batch=2, batch_size=2,
+    c = train.Config(precision="fp32", recompute=recompute, micro_tokens=2000, batch_size=2,
                      parallel="none")  # fmt: skip
     simulated = plan.simulate(c, config, 1, 768, 192)["peak_gib"]
     assert simulated == pytest.approx(float(done.stdout), rel=0.1)
-
-
-def test_which_models_fit_a_device(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    device = torch.device("cpu")
-    fit = [train.fits(train.Config(size=s, weights="random"), device) for s in PRESETS]
-    assert fit == sorted(fit, reverse=True) and fit[0] and not fit[-1]
