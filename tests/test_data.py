@@ -575,5 +575,6 @@ def test_micro_batches_by_hand() -> None:
     one_task = [four[0] + four[1], four[2] + four[3]]
     assert sorted(deal(10_000, 1, 5_000)[0]) == one_task, "few where each costs much"
     assert sorted(sum(deal(10_000, 2, 5_000), [])) == one_task, "a round for two ranks"
-    assert max(map(len, deal(300, 1, 5_000)[0])) == 5, "5 x (10 + 45), 2 x (100 + 45)"
-    assert deal(10_000, 3, 5_000)[2] == [[]], "a rank without rows"
+    assert sorted(map(len, deal(300, 1, 5_000)[0])) == [2, 2, 2, 2, 4, 4], "2 x (100 + 45) <= 300"
+    alone = micro_batches(sources[:1], targets[:1], tasks[:1], 8, 3, 100)
+    assert [piece.tolist() for rank in alone for piece in rank] == [[0], [], []]
