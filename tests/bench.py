@@ -393,6 +393,35 @@ def decode(quick: bool, folder: Path) -> dict:
     return found
 
 
+def padding(quick: bool, folder: Path) -> dict:
+    """Share of all source and target places that is padding, 10 steps of 64 examples of both tasks,
+    with base's largest micro-batch: on a CPU or GPU, 1 rank or 16; and micro-batches of a rank."""
+    make_esnli(folder, 1_000)
+    found = {}
+    for name, root in (("svamp", REAL), ("cqa", REAL), ("esnli", folder)):
+        if not (root / name).is_dir():
+            continue
+        c = train.resolve(train.Config(size="base", weights="random", dataset=name, device="cpu",
+                                       data_root=str(root)))  # fmt: skip
+        rows = train.prepare(c).rows
+        lengths = [np.diff(rows.source_offsets), np.diff(rows.target_offsets)]
+        for device, ranks in (("cpu", 1), ("cpu", 16), ("cuda", 1), ("cuda", 16)):
+            up = [data.round_up(x, evaluation.MULTIPLE[device]) for x in lengths]
+            real, places, forwards = 0, 0, 0
+            for step in range(10):
+                mine = rows.rows_of(data.step_examples(rows.n_examples, c.batch_size, 0, step))
+                source, target = (x[mine] for x in up)
+                dealt = data.micro_batches(source, target, rows.tasks[mine], c.micro_tokens, ranks,
+                                           train.OVERHEAD[device])  # fmt: skip
+                real += sum(int(x[mine].sum()) for x in lengths)
+                places += sum(len(p) * (source[p].max() + target[p].max())
+                              for p in sum(dealt, []) if len(p))  # fmt: skip
+                forwards += len(dealt[0])
+            found[f"{name}, {device}, {ranks} ranks: padding"] = float(1 - real / places)
+            found[f"{name}, {device}, {ranks} ranks: forwards"] = forwards / 10
+    return found
+
+
 def resident() -> float:
     """GiB of this process in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GIB
@@ -616,7 +645,8 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-MEASURES = {"step": step, "epoch": epoch, "decode": decode, "memory": memory, "loading": loading,
+MEASURES = {"step": step, "epoch": epoch, "decode": decode, "memory": memory,
+            "padding": padding, "loading": loading,
             "start": starting, "growth": growth, "teacher-speed": teacher_speed,
             "teacher-resume": teacher_resume, "sharded-memory": sharded_memory}  # fmt: skip
 AGAINST = ("step", "epoch", "decode", "memory", "loading", "start")  # need transformers
