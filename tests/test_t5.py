@@ -203,7 +203,7 @@ def test_bfloat16_logits_are_as_close_as_two_runs_of_transformers(pair):
         logits = our_logits(ours).float()
     apart = lambda x, y: (x - y).abs().mean().item()  # noqa: E731
     assert min(apart(logits, run) for run in runs) < 1.25 * apart(*runs)
-    assert apart(logits, exact) <= max(apart(run, exact) for run in runs)
+    assert apart(logits, exact) < 1.1 * max(apart(run, exact) for run in runs)
 
 
 def test_greedy_tokens_match(pair):
