@@ -112,6 +112,14 @@ def processes(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 class RunError(Exception):
     """A run that cannot go on, though its flags are fine; what it saved is kept."""
 
@@ -181,6 +189,7 @@ class Student:
     dataset: str  # whose answer form and scorer it learnt
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
+    interrupted: Callable[[], int] = lambda: 0  # the number of a signal that this rank got, or 0
 
 
 def load_model(folder: Path, *prepare: Any) -> nn.Module:
@@ -276,7 +285,8 @@ def generate_texts(
     """One greedy completion per source, in the order given, on every rank.
 
     Sources are sorted by length into batches (of at most MAX_TOKENS, padding included) and the
-    batches dealt to the ranks, so that each source is decoded once.
+    batches dealt to the ranks, so that each source is decoded once. Where a rank got a signal
+    (`student.interrupted`), all ranks raise Interrupted.
     """
     rank, world = rank_and_world()
     ids = student.tokenizer.encode_batch(sources, MAX_SOURCE)
@@ -294,6 +304,8 @@ def generate_texts(
     )
     with torch.no_grad(), ready(model, student.precision), autocast(device, student.precision):
         for batch in bar:
+            if student.interrupted():
+                break
             rows = [ids[i] for i in batch]
             input_ids = pad(rows, student.tokenizer.pad_id, MULTIPLE[device.type])
             mask = pad([[1] * len(row) for row in rows], 0, MULTIPLE[device.type])
@@ -305,11 +317,13 @@ def generate_texts(
             for i, row in zip(batch, tokens.tolist()):
                 mine[i] = student.tokenizer.decode(row)
     model.train(was_training)
-    parts = [mine]
+    parts = [(mine, student.interrupted())]
     if world > 1:
         parts = [None] * world
-        dist.all_gather_object(parts, mine)
-    texts = {i: text for part in parts for i, text in part.items()}
+        dist.all_gather_object(parts, (mine, student.interrupted()))
+    if number := max(number for _, number in parts):
+        raise Interrupted(number)
+    texts = {i: text for part, _ in parts for i, text in part.items()}
     assert len(texts) == len(sources), "each source is decoded exactly once"
     return [texts[i] for i in range(len(sources))]
 

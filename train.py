@@ -8,12 +8,13 @@ loss (Eq. 3), already divided by the whole step's target tokens -> one clipped A
 
 What makes a resumed run equal to an uninterrupted one, bit for bit: the data order is a function
 of (seed, step), dropout of (seed, step, rank), and a saved state holds weights, AdamW's moments,
-the best accuracy so far and the number of threads. It is written beside, in a folder of its own,
-and taken into use by replacing one small file.
+the number of threads and the size of `metrics.jsonl`. A state is written to a temporary folder
+and renamed. `best/` is the only record of the best student so far.
 """
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -30,10 +31,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ from dsbs import METHODS, PREFIXES, make_rows, multitask_loss, wanted_label
 from eval import (
     MULTIPLE,
     NAMED,
+    Interrupted,
     RunError,
     Student,
     autocast,
@@ -113,37 +115,57 @@ OVERHEAD = {"cuda": 1024, "cpu": 128}
 # ------------------------------------------------------------------------------- configuration
 
 
+def by_size(name: str) -> str:
+    """The defaults of a setting that depends on --size, for the help text."""
+    sizes = {}
+    for size, recipe in RECIPES.items():
+        sizes.setdefault(recipe[name], []).append(size)
+    return "; default " + ", ".join(f"{v} ({' '.join(names)})" for v, names in sizes.items())
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field of Config that is also a flag of train.py, with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class Config:
-    """A run, resolved: what `run.json` keeps. None is filled in by `resolve`."""
+    """The settings of a run and its flags. `resolve` fills in each None; `run.json` stores all."""
 
-    size: str = "tiny"
-    weights: str | None = None  # a Hugging Face folder, or "random"
-    dataset: str | None = None
-    data_root: str = "datasets"
-    method: str = "step-by-step"
-    labels: str = "human"
-    rationales: str | list[str] | None = None
-    prefixes: str = "paper"
-    fraction: float = 1.0  # of the training examples
-    augment: str | None = None  # asdiv: inputs without labels, for which the teacher's stand in
-    augment_fraction: float = 1.0  # of those
-    steps: int | None = None
-    batch_size: int | None = None  # examples in an optimizer step, over all processes
-    lr: float | None = None
-    lam: float = 1.0  # lambda of Eq. 3
-    dropout: float = 0.1
-    seed: int = 0
-    eval_every: int | None = None
-    device: str | None = None
-    precision: str | None = None
-    # These may change when a run is resumed: they do not change what it computes, but for which
-    # numbers of dropout's random stream fall to which row, where micro-batches change.
-    save_every: int | None = None
-    micro_tokens: int | None = None  # places of a micro-batch on one device, padding included
-    parallel: str | None = None
-    recompute: bool | None = None  # activations, block by block, in the backward pass
-    compile: bool = False  # the blocks, by torch.compile: the same sums in another order
+    size: str = flag("tiny", f"{', '.join(RECIPES)}; default tiny")
+    weights: str | None = flag(None, "a Hugging Face T5 folder, or random; default random for "
+                               "tiny, else weights/t5-v1_1-SIZE")  # fmt: skip
+    dataset: str | None = flag(None, "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; "
+                               "default demo for tiny, else esnli")  # fmt: skip
+    data_root: str = flag("datasets", "folder of the benchmarks; default datasets")
+    method: str = flag("step-by-step", f"{', '.join(METHODS)}; default step-by-step")
+    labels: str = flag("human", "human or teacher; default human")
+    rationales: list[str] | None = flag(None, "palm, neox, human, or a teacher's .jsonl files; "
+                                        "default palm for the benchmarks")  # fmt: skip
+    prefixes: str = flag("paper", "paper or released; default paper")
+    fraction: float = flag(1.0, "share of the training examples, above 0 and at most 1; default 1")
+    augment: str | None = flag(None, "asdiv: train on its problems too, with a teacher's labels")
+    augment_fraction: float = flag(1.0, "share of the augmenting examples; default 1")
+    steps: int | None = flag(None, "optimizer steps" + by_size("steps"))
+    batch_size: int | None = flag(None, "examples in an optimizer step, over all processes"
+                                  + by_size("batch_size"))  # fmt: skip
+    lr: float | None = flag(None, "learning rate at the start; falls linearly to 0" + by_size("lr"))
+    lam: float = flag(1.0, "lambda of Eq. 3; default 1")
+    dropout: float = flag(0.1, "default 0.1")
+    seed: int = flag(0, "default 0")
+    eval_every: int | None = flag(None, "steps between evaluations" + by_size("eval_every"))
+    device: str | None = flag(None, "cpu, cuda or cuda:N; default: a GPU where there is one")
+    precision: str | None = flag(None, "fp32 or bf16; default bf16 on CUDA, fp32 on CPU")
+    # MAY_CHANGE: these may change when a run is resumed. They do not change what it computes,
+    # except that other micro-batches draw other dropout masks.
+    save_every: int | None = flag(None, "steps between saved states; default --eval-every")
+    micro_tokens: int | None = flag(None, "most padded places (source + target) in one forward "
+                                    "pass on one device" + by_size("micro_tokens"))  # fmt: skip
+    parallel: str | None = flag(None, "none, ddp or fsdp; default under torchrun: fsdp for xl and "
+                                "xxl, else ddp")  # fmt: skip
+    recompute: bool | None = flag(None, "recompute activations in the backward pass"
+                                  + by_size("recompute"))  # fmt: skip
+    compile: bool = flag(False, "compile the model's blocks, for GPUs; default no")
 
 
 MAY_CHANGE = {"save_every", "micro_tokens", "parallel", "recompute", "compile"}
@@ -168,7 +190,7 @@ def resolve(config: Config) -> Config:
     if c.dataset == "asdiv":
         raise UserError("--dataset asdiv has no labels and no test split: it only augments svamp; "
                         "allowed: the other names, or a folder")  # fmt: skip
-    if isinstance(c.rationales, str):
+    if isinstance(c.rationales, str):  # run.json stores a name without a list
         c.rationales = [c.rationales]
     uses = c.method != "standard" or c.labels == "teacher"
     c.rationales = evaluation.rationale_source(c.rationales, c.dataset, uses)
@@ -229,30 +251,19 @@ def run_name(c: Config) -> str:
     default = resolve(Config(size=c.size, dataset=c.dataset, method=c.method, labels=c.labels))
     parts = [Path(c.dataset).name, c.size, c.method, c.labels]
     skip = MAY_CHANGE | {"size", "dataset", "method", "labels", "seed", "data_root", "device"}
-    for field in fields(c):
-        name, value = field.name, getattr(c, field.name)
+    for setting in fields(c):
+        name, value = setting.name, getattr(c, setting.name)
         if name not in skip and value != getattr(default, name):
             values = value if isinstance(value, list) else [str(value)]
             parts.append(name.replace("_", "-") + "-" + "+".join(Path(v).name for v in values))
     return "runs/" + "_".join([*parts, f"seed-{c.seed}"])
 
 
-def command(c: Config, out: str, resume: bool = False) -> str:
-    """The command line that starts this run again."""
+def command(*words: str) -> str:
+    """The command line of train.py with these words, for as many processes as run now."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    words = ["python"] if local == "1" else ["torchrun", f"--nproc_per_node={local}"]
-    words.append("train.py")
-    default = asdict(Config())
-    default |= {name: RECIPES[c.size][name] for name in ("micro_tokens", "recompute")}
-    for name, value in asdict(c).items():
-        flag = name.replace("_", "-")
-        if value == default[name] or name in ("save_every", "parallel"):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join([*words, "--out", out, *(["--resume"] if resume else [])])
+    python = ["python"] if local == "1" else ["torchrun", f"--nproc_per_node={local}"]
+    return shlex.join([*python, "train.py", *words])
 
 
 # --------------------------------------------------------------------------------- run folder
@@ -275,7 +286,8 @@ def agreed(work: Callable[[], Any]) -> Any:
 
 
 def lock(folder: Path, held: contextlib.ExitStack) -> None:
-    """Claims the folder for as long as `held`; the system lets go of it even after SIGKILL."""
+    """Locks the folder while `held` is open; the system unlocks it even after SIGKILL.
+    Filesystems without locks (Lustre without `-o flock`, some NFS) get a warning instead."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = held.enter_context(open(folder / ".lock", "w"))
@@ -285,11 +297,16 @@ def lock(folder: Path, held: contextlib.ExitStack) -> None:
             f"{folder} is in use by another process; wait for it, or give another --out"
         ) from None
     except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}; give a folder to write to") from None
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise UserError(
+                f"--out {folder}: {error.strerror}; give a folder that can be written"
+            ) from None
+        print(f"warning: {folder}: this filesystem has no locks; start one run in it at a time",
+              file=sys.stderr)  # fmt: skip
 
 
 def sha256(path: Path) -> str:
-    """Of a file's contents."""
+    """The sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -335,7 +352,7 @@ def provenance(c: Config) -> dict:
     }
 
 
-def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
+def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -> dict | None:
     """Claims the run folder: writes `run.json`, or checks that the one there is of this run.
 
     Returns the result of a finished run, else None. UserError if the folder holds another run,
@@ -347,7 +364,7 @@ def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
         others = sorted(p.name for p in out.iterdir() if p.name not in ours)
         if others:
             raise UserError(f"{out} is not a run but holds {others[0]!r}; give another --out")
-        write_json(path, {"config": asdict(c), **about, "command": command(c, str(out))})
+        write_json(path, {"config": asdict(c), "argv": argv, **about})
         return None
     try:
         run = json.loads(path.read_text())
@@ -375,10 +392,13 @@ def open_run(c: Config, out: Path, about: dict, resume: bool) -> dict | None:
 def save_student(
     c: Config, model: nn.Module, folder: Path, vocabulary: Path, step: int, accuracy: float
 ) -> None:
-    """A student that `eval.py` and `transformers` load. The new folder is whole before it takes
-    the old one's place; a crash between the two renames is mended from the state on resume.
-    Of a sharded model all ranks call this and rank 0 writes."""
-    beside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    """Writes a student folder that `eval.py` and `transformers` load.
+
+    The new folder is complete before it replaces the old one; `restore` mends a crash between the
+    two renames. All ranks of a sharded model call this: they gather one parameter at a time, and
+    rank 0 writes.
+    """
+    beside, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     writes = rank_and_world()[0] == 0
     if writes:
         for leftover in (beside, old):
@@ -399,8 +419,10 @@ def save_student(
         "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "pad_token": "<pad>",
         "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": evaluation.MAX_SOURCE,
     })  # fmt: skip
-    about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset, "step": step}
-    write_json(beside / "dsbs.json", about)
+    write_json(beside / "dsbs.json", {
+        "method": c.method, "prefixes": c.prefixes, "dataset": c.dataset, "step": step,
+        "valid_accuracy": accuracy,
+    })  # fmt: skip
     (beside / "README.md").write_text(model_card(c, step, accuracy))
     for path in beside.iterdir():
         fsync(path)
@@ -408,6 +430,33 @@ def save_student(
         os.replace(folder, old)
     os.replace(beside, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Renames FOLDER.old back where a crash in `save_student` left no FOLDER."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+
+
+def best_so_far(out: Path, state: dict) -> tuple[float, int]:
+    """(validation accuracy, step) of `best/`, or (-1, 0) where no evaluation came before `state`.
+
+    A student that is newer than the state does not count: the run evaluates that step again.
+    UserError where an evaluation is logged and `best/` is gone.
+    """
+    restore(out / "best")
+    path = out / "best" / "dsbs.json"
+    if path.exists():
+        about = json.loads(path.read_text())
+        if about["step"] <= state["step"]:
+            return about["valid_accuracy"], about["step"]
+    elif state["metrics_bytes"]:
+        logged = (out / "metrics.jsonl").read_bytes()[: state["metrics_bytes"]]
+        if b'"valid_accuracy"' in logged:
+            raise UserError(f"{out / 'best'} is gone; bring it back, or start again with another "
+                            "--out")  # fmt: skip
+    return -1.0, 0
 
 
 def model_card(c: Config, step: int, accuracy: float) -> str:
@@ -436,9 +485,8 @@ def fsync(path: Path) -> None:
 
 
 def latest_state(out: Path) -> Path | None:
-    """The folder of the last state that was saved whole; None where there is none yet."""
-    pointer = out / "state" / "latest"
-    return pointer.with_name(pointer.read_text()) if pointer.exists() else None
+    """The folder of the newest complete state, `state/step-N`; None where there is none yet."""
+    return max((out / "state").glob("step-*[0-9]"), default=None)
 
 
 def named_tensors(model: nn.Module, optimizer=None) -> dict[str, Tensor]:
@@ -488,40 +536,35 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
         dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
 
 
-def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer, facts: dict) -> float:
-    """Writes `state/step-N/` and then points `state/latest` at it. Of a sharded model the best
-    weights are kept as `state/best-N/`, and become a student when training ends. By rank 0 alone
-    unless the model is sharded. Returns the seconds that it took."""
+def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer, size: int) -> float:
+    """Writes `state/step-N/` and removes the state before it. Returns the seconds that it took.
+
+    `size` is that of `metrics.jsonl`, in bytes. All ranks of a sharded model call this and write
+    their shards; otherwise rank 0 alone. The folder gets its name once it is on the disk.
+    """
     start, sharded, first = time.monotonic(), c.parallel == "fsdp", rank_and_world()[0] == 0
     root = out / "state"
-    folder, best = root / f"step-{step:07}", root / f"best-{facts['best_step']:07}"
-    new_best = sharded and facts["best_step"] == step
+    folder = root / f"step-{step:07}"
+    temporary = root / f"{folder.name}.tmp"
     if first:
-        before = latest_state(out)
-        for other in root.glob("step-*"):  # what an interrupted save left
-            if other != before:
-                shutil.rmtree(other)
-        folder.mkdir(parents=True)
-        if new_best:
-            shutil.rmtree(best, ignore_errors=True)
+        for leftover in root.glob("*.tmp"):  # of a save that was killed
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
     if sharded:
         dist.barrier()
-    save_tensors(folder, named_tensors(model, optimizer), sharded)
-    if new_best:
-        save_tensors(best, named_tensors(model), sharded)
+    save_tensors(temporary, named_tensors(model, optimizer), sharded)
     if first:
-        write_json(folder / "state.json", {"step": step, **facts})
-        for place in [folder, best] if new_best else [folder]:
-            for path in [*place.iterdir(), place]:  # on the disk before anything points at it
-                fsync(path)
-        beside = root / "latest.tmp"
-        beside.write_text(folder.name)
-        fsync(beside)
-        os.replace(beside, root / "latest")
+        write_json(temporary / "state.json", {
+            "step": step, "metrics_bytes": size, "threads": torch.get_num_threads(),
+            "world": rank_and_world()[1],
+        })  # fmt: skip
+        for path in [*temporary.iterdir(), temporary]:
+            fsync(path)
+        os.replace(temporary, folder)
         fsync(root)
-        for other in [before, *root.glob("best-*")]:
-            if other and other != best:
-                shutil.rmtree(other, ignore_errors=True)
+        for other in root.glob("step-*"):
+            if other != folder:
+                shutil.rmtree(other)
     if sharded:
         dist.barrier()
     return time.monotonic() - start
@@ -539,10 +582,10 @@ def empty_moments(model: nn.Module, optimizer, step: int) -> None:
 
 def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict:
     """Fills the model and the optimizer from the latest state, saved by any number of processes,
-    and returns what else was saved; where there is no state yet, what a run starts with."""
+    and returns its `state.json`; where there is no state yet, that of step 0."""
     folder = agreed(lambda: latest_state(out))
     if folder is None:
-        return {"step": 0, "best": -1.0, "best_step": 0, "world": None, "metrics_bytes": 0}
+        return {"step": 0, "world": None, "metrics_bytes": 0}
     facts = json.loads((folder / "state.json").read_text())
     empty_moments(model, optimizer, facts["step"])
     load_tensors(folder, named_tensors(model, optimizer), c.parallel == "fsdp")
@@ -771,14 +814,19 @@ def check_files(c: Config) -> None:
 # ------------------------------------------------------------------------------------ the loop
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
 class Signals:
-    """SIGTERM and Ctrl-C while training: the first is noted, and heeded after the step."""
+    """Notes the first signal that asks the run to stop; the loop then saves and stops. Slurm sends
+    SIGUSR1 where it is told to; a signal that is ignored at the start (nohup) stays ignored."""
 
     def __init__(self) -> None:
         self.got, self.at = 0, 0.0
 
     def __enter__(self) -> "Signals":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        caught = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
+        self.before = {s: signal.signal(s, self.note) for s in caught}
         return self
 
     def __exit__(self, *_) -> None:
@@ -786,7 +834,7 @@ class Signals:
             signal.signal(number, handler)
 
     def note(self, number: int, _) -> None:
-        # torchrun passes a terminal's Ctrl-C on, so that it comes twice; later, it is meant.
+        # torchrun passes a terminal's Ctrl-C on, so it comes twice; one that comes later is meant.
         if self.got == number == signal.SIGINT and time.monotonic() - self.at > 1:
             os._exit(128 + number)
         if not self.got:
@@ -818,11 +866,13 @@ def train_step(
 ) -> tuple[dict, int]:
     """One optimizer step, `step` from 0; `stop` is the signal that this rank got, or 0.
 
-    Returns its figures for `metrics.jsonl`, and the signal that any rank got.
+    Returns its figures for `metrics.jsonl`, and the signal that any rank got, or 0. RunError where
+    the loss or the gradient is not finite.
     """
     start, rows = time.monotonic(), data.rows
     rank, world = rank_and_world()
-    mine = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
+    examples = step_examples(rows.n_examples, c.batch_size, c.seed, step)
+    mine = rows.rows_of(examples)
     sources, targets = (o[mine + 1] - o[mine] for o in (rows.source_offsets, rows.target_offsets))
     multiple = MULTIPLE[device.type]
     dealt = micro_batches(
@@ -832,8 +882,8 @@ def train_step(
     known = to_tensors({
         # Each task's target tokens in the whole step: the denominators of Eq. 1 and 4.
         "counts": np.array([targets[rows.tasks[mine] == task].sum() for task in (0, 1)]),
-        # Summed over ranks: L_label, L_rationale, ranks told to stop by SIGTERM, by SIGINT.
-        "shares": np.array([0, 0, stop == signal.SIGTERM, stop == signal.SIGINT], np.float32),
+        # Summed over ranks: L_label, L_rationale, and how many ranks got each signal.
+        "shares": np.array([0, 0, *(stop == number for number in STOPPING)], np.float32),
     }, device)  # fmt: skip
     counts, shares = known["counts"], known["shares"]
     if device.type == "cuda":
@@ -844,29 +894,25 @@ def train_step(
         group["lr"] = lr
     dropout_seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(dropout_seed[0]))
-    losses = []
     for i, part in enumerate(dealt):
         batch = to_tensors(collate(rows, mine[part], multiple), device)
         # Gradients are averaged over the ranks, and our losses are parts of one sum: times world.
         # DDP waits for the last to do it; FSDP does it each time, and keeps no whole gradients.
         wait = c.parallel == "ddp" and i < len(dealt) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
-            losses.append(forward_backward(model, batch, counts, c, world))
-        shares[:2] += losses[-1]
+            shares[:2] += forward_backward(model, batch, counts, c, world)
     if world > 1:
         dist.all_reduce(shares)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     norm = norm.full_tensor() if c.parallel == "fsdp" else norm
     # The one time in a step that the host waits for the device.
-    figures = torch.cat([shares, norm[None]]).tolist()
-    label_loss, rationale_loss, terms, interrupts, grad_norm = figures
+    label_loss, rationale_loss, *stopped, grad_norm = torch.cat([shares, norm[None]]).tolist()
     loss = label_loss + c.lam * rationale_loss
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        bad = [mine[part] for part, some in zip(dealt, losses) if not some.isfinite().all()]
         raise RunError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm} is not finite"
-            f"{blame(bad, mine, data)}. Nothing was changed by this step; lower --lr or mend the "
-            "examples"
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm} is not finite; its examples: "
+            f"{', '.join(data.ids[i] for i in examples)}. This step changed nothing; lower --lr or "
+            "correct the examples"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -878,24 +924,7 @@ def train_step(
         "tokens_per_second": int(sources.sum() + targets.sum()) / seconds,
         **memory_figures(device),
     }  # fmt: skip
-    return metrics, signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
-
-
-def blame(bad: list[np.ndarray], step_rows: np.ndarray, data: Data) -> str:
-    """Which ranks' micro-batches were not finite, and which examples are in them; the whole step
-    where only the gradient is not. The same on every rank."""
-    world = rank_and_world()[1]
-    found = [bad]
-    if world > 1:
-        found = [None] * world
-        dist.all_gather_object(found, bad)
-
-    def examples(parts: list[np.ndarray]) -> str:
-        numbers = np.unique(data.rows.example[np.concatenate(parts)])
-        return "examples " + ", ".join(data.ids[i] for i in numbers)
-
-    words = [f"; rank {r}, {examples(parts)}" for r, parts in enumerate(found) if parts]
-    return "".join(words) or f"; {examples([step_rows])}"
+    return metrics, next((number for number, ranks in zip(STOPPING, stopped) if ranks), 0)
 
 
 def memory_figures(device: torch.device) -> dict[str, int]:
@@ -912,58 +941,51 @@ def memory_figures(device: torch.device) -> dict[str, int]:
 
 def log_line(c: Config, m: dict, seconds_left: float) -> str:
     """One line for people; `metrics.jsonl` has every step."""
-    line = (
+    return (
         f"step {m['step']}/{c.steps}  label {m['label_loss']:.4f}  rationale "
         f"{m['rationale_loss']:.4f}  lr {m['lr']:.2e}  norm {m['grad_norm']:.2f}  "
         f"{m['examples_per_second']:.0f} examples/s  {m['tokens_per_second']:.0f} tokens/s  "
         f"{m['peak_memory_bytes'] / 2**30:.2f} GiB  left {timedelta(seconds=int(seconds_left))}"
     )
-    return line + (f"  valid {m['valid_accuracy']:.4f}" if "valid_accuracy" in m else "")
 
 
-def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
-    """From the first step, or the last saved one, to the last; leaves `best/` and `last/`.
+def first_lines(c: Config, data: Data, model: nn.Module, done: int) -> str:
+    """What a run prints before its first step: data, model, steps, disk space."""
+    parameters = sum(p.numel() for p in model.parameters())
+    epochs = c.steps * c.batch_size / data.rows.n_examples
+    return "\n".join(data.notes) + (
+        f"\nmodel: {c.weights} ({c.size}), {parameters:,} parameters; {c.precision} on "
+        f"{rank_and_world()[1]} x {c.device}, {c.parallel}; {torch.get_num_threads()} threads\n"
+        f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
+        f"most {c.micro_tokens:,} tokens; valid every {c.eval_every}, state every {c.save_every}"
+        + (f"; continuing after step {done}" if done else "")
+        + f"\ndisk: a state {12 * parameters / 1e6:,.0f} MB, best and last "
+        f"{4 * parameters / 1e6:,.0f} MB each\n"
+        f"cost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples, "
+        f"at least {-(-c.steps // c.save_every):,} saved states: training waits"
+    )
 
-    Returns 0, or the number of the signal after which it saved and stopped. Raises RunError
-    where a loss or gradient is not finite.
+
+def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) -> None:
+    """Trains from the newest state, or from the start, to the last step; writes `best/`, `last/`.
+
+    Raises Interrupted after it has saved where a rank got a signal, and RunError where a loss or
+    gradient is not finite.
     """
     rank, world = rank_and_world()
     device = own_device(c)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
     state = load_state(c, out, model, optimizer)
-    done, best, best_step = state["step"], state["best"], state["best_step"]
+    best, _ = agreed(lambda: best_so_far(out, state))
+    step = began_at = state["step"]
     if world == state["world"]:
         torch.set_num_threads(state["threads"])  # another number would give other bits
-    sharded = c.parallel == "fsdp"
-    saves = sharded or rank == 0  # of a sharded model each rank saves its part
-    parameters = sum(p.numel() for p in model.parameters())
-    epochs = c.steps * c.batch_size / data.rows.n_examples
-    print0("\n".join(data.notes))
-    print0(
-        f"model: {c.weights} ({c.size}), {parameters:,} parameters; {c.precision} on {world} x "
-        f"{device.type}, {c.parallel}; {torch.get_num_threads()} threads\n"
-        f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
-        f"most {c.micro_tokens:,} tokens; valid every {c.eval_every}, state every {c.save_every}"
-        + (f"; continuing after step {done}" if done else "")
-        + f"\ndisk: a state {12 * parameters / 1e6:,.0f} MB, best and last "
-        f"{4 * parameters / 1e6:,.0f} MB each" + (", exported at the end" if sharded else "")
-        + f"\ncost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples, "
-        f"at least {-(-c.steps // c.save_every):,} saved states: training waits"
-    )
+    writes = c.parallel == "fsdp" or rank == 0  # each rank of a sharded model writes its shards
+    print0(first_lines(c, data, model, step))
     student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
-
-    def export(folder: str, step: int) -> None:
-        save_student(c, model, out / folder, data.vocabulary, step, best)
-
-    kept = out / "state" / f"best-{best_step:07}"  # where a sharded model's best is until the end
-    if best_step and agreed(lambda: student_step(out / "best") != best_step and not kept.exists()):
-        if best_step != done:  # best/ is written right after the state of its step
-            raise UserError(f"{out / 'best'} is gone or damaged, and its step {best_step} is past; "
-                            "bring it back, or start again with another --out")
-        if saves:
-            export("best", best_step)
-    wrapped = model if sharded else parallelize(model, c)
+    student.interrupted = lambda: signals.got
+    wrapped = model if c.parallel == "fsdp" else parallelize(model, c)
     if world > 1:  # DDP orders its buckets anew after the first backward: do it before step 1
         batch = to_tensors(collate(data.rows, np.array([0])), device)
         forward_backward(wrapped, batch, torch.ones(2, device=device), c, world)
@@ -972,88 +994,76 @@ def train(c: Config, out: Path, data: Data, model: nn.Module) -> int:
     metrics_file = open(out / "metrics.jsonl", "ab") if rank == 0 else None  # noqa: SIM115
     if metrics_file:
         metrics_file.truncate(state["metrics_bytes"])
-    bar = tqdm(total=c.steps, initial=done, disable=rank > 0 or not sys.stderr.isatty())
+
+    def log(row: dict) -> None:
+        if metrics_file:
+            metrics_file.write(json.dumps(row).encode() + b"\n")
+            metrics_file.flush()
+
+    bar = tqdm(total=c.steps, initial=step, disable=rank > 0 or not sys.stderr.isatty())
     began, shown = time.monotonic(), -math.inf
-    with bar, Signals() as signals:
-        for step in range(done + 1, c.steps + 1):
-            metrics, stop = train_step(wrapped, optimizer, c, data, step - 1, device, signals.got)
-            last_step, improved = step == c.steps, False
-            if step % c.eval_every == 0 or last_step:
+    with bar:
+        while True:
+            # Evaluate if it is due, and write best/ if the student has improved.
+            evaluates = step % c.eval_every == 0 or step == c.steps
+            if step > 0 and evaluates:
                 start = time.monotonic()
                 with torch.compiler.set_stance("force_eager" if c.compile else "default"):
                     summary, _ = evaluation.evaluate(student, data.valid, progress="valid")
-                if (seconds := time.monotonic() - start) > 10:
-                    print0(f"evaluation of step {step} took {seconds:.1f} s")
-                metrics["valid_accuracy"] = summary["accuracy"]
-                improved = summary["accuracy"] > best
-                if improved:
-                    best, best_step = summary["accuracy"], step
+                accuracy, seconds = summary["accuracy"], time.monotonic() - start
+                log({"step": step, "valid_accuracy": accuracy, "seconds": seconds})
+                print0(f"step {step}/{c.steps}  valid {accuracy:.4f}  ({seconds:.1f} s)")
+                if accuracy > best:
+                    best = accuracy
+                    if writes:
+                        save_student(c, model, out / "best", data.vocabulary, step, best)
+            if step == c.steps:
+                break
 
-            if metrics_file:
-                metrics_file.write(json.dumps(metrics).encode() + b"\n")
-                metrics_file.flush()
+            # Train one step.
+            metrics, stop = train_step(wrapped, optimizer, c, data, step, device, signals.got)
+            step += 1
+            log(metrics)
             bar.update()
-            if time.monotonic() - shown > 10 or "valid_accuracy" in metrics:
+            if time.monotonic() - shown > 10 or step == c.steps:
                 shown = time.monotonic()
-                left = (shown - began) / (step - done) * (c.steps - step)
+                left = (shown - began) / (step - began_at) * (c.steps - step)
                 print0(log_line(c, metrics, left))
 
-            save = step % c.save_every == 0 or improved or last_step or stop
-            if save and saves:
-                facts = {"best": best, "best_step": best_step, "world": world,
-                         "threads": torch.get_num_threads()}  # fmt: skip
+            # Save the state if it is due: also before an evaluation, which a signal may end.
+            due = step % c.save_every == 0 or step % c.eval_every == 0 or step == c.steps or stop
+            if due and writes:
+                size = 0
                 if metrics_file:
                     fsync(out / "metrics.jsonl")
-                    facts["metrics_bytes"] = metrics_file.tell()
-                seconds = save_state(c, out, step, model, optimizer, facts)
-                if sharded or seconds > 10:
+                    size = metrics_file.tell()
+                seconds = save_state(c, out, step, model, optimizer, size)
+                if c.parallel == "fsdp" or seconds > 10:
                     print0(f"state of step {step} saved in {seconds:.1f} s")
-                if improved and not sharded:
-                    export("best", step)
-            if stop and not last_step:
+            if stop:
                 if world > 1:
-                    dist.barrier()  # leave together, once rank 0 has saved
-                print0(f"stopped by signal {stop} after step {step}, which is saved; go on with\n"
-                       f"  {command(c, str(out), resume=True)}")
-                return stop
+                    dist.barrier()  # all ranks leave together, once rank 0 has saved
+                raise Interrupted(stop)
     if metrics_file:
         metrics_file.close()
-    if saves:
-        export("last", c.steps)
-    if world > 1:
-        dist.barrier()
-    return 0
+    if writes:
+        save_student(c, model, out / "last", data.vocabulary, c.steps, accuracy)
 
 
-def student_step(folder: Path) -> int | None:
-    """The step that a student folder of a run was saved at; None where there is none."""
-    try:
-        return json.loads((folder / "dsbs.json").read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def finish(c: Config, out: Path, data: Data, model: nn.Module) -> dict:
+def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) -> dict:
     """Scores the best student on test, once, and writes `predictions.jsonl` and `result.json`."""
     rank, world = rank_and_world()
-    device, sharded = own_device(c), c.parallel == "fsdp"
-    state = json.loads((latest_state(out) / "state.json").read_text())
-    step = state["best_step"]
-    kept = out / "state" / f"best-{step:07}"
-    if agreed(lambda: student_step(out / "best") != step):
-        load_tensors(kept, named_tensors(model), sharded)
-        if sharded or rank == 0:
-            save_student(c, model, out / "best", data.vocabulary, step, state["best"])
+    device, best = own_device(c), out / "best"
     if world > 1:
-        dist.barrier()  # all ranks have read it
-    agreed(lambda: shutil.rmtree(kept, ignore_errors=True))
-    if sharded and isinstance(model, T5):  # one copy of a large model, in parts
-        load_weights(model, open_checkpoint(out / "best"), out / "best", own_rows)
+        dist.barrier()  # best/ is written
+    if c.parallel == "fsdp" and isinstance(model, T5):  # every rank keeps its shards alone
+        load_weights(model, open_checkpoint(best), best, own_rows)
         student = Student(
             model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision
         )
     else:
-        student = evaluation.load_student(out / "best", device, c.precision)
+        student = evaluation.load_student(best, device, c.precision)
+    student.interrupted = lambda: signals.got
     summary = {"accuracy": None, "n": 0}
     if data.test is not None:
         summary, rows = evaluation.evaluate(student, data.test, progress="test")
@@ -1062,9 +1072,10 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module) -> dict:
     kind, gold = evaluation.gold_labels(data.valid if data.test is None else data.test)
     scored = [label for label in gold if label is not None]
     hits = sum(is_correct(c.dataset, data.majority, label) for label in scored)
+    about = json.loads((best / "dsbs.json").read_text())
     result = {
-        "valid_accuracy": state["best"], "test_accuracy": summary["accuracy"],
-        "n_test": summary["n"], "best_step": step, "labels": kind,
+        "valid_accuracy": about["valid_accuracy"], "test_accuracy": summary["accuracy"],
+        "n_test": summary["n"], "best_step": about["step"], "labels": kind,
         "majority_accuracy": hits / len(scored),
         **{key: getattr(c, key) for key in ("dataset", "size", "method", "fraction", "seed")},
     }  # fmt: skip
@@ -1082,7 +1093,7 @@ def show_result(c: Config, out: Path, result: dict) -> None:
         + (f"test accuracy  {test:.4f} ({result['n_test']} examples, {result['labels']} labels; "
            if test is not None else "test accuracy  none: the data set has no test split (")
         + f"the most frequent training label alone: {result['majority_accuracy']:.4f})\n"
-        f"the student lies in {out / 'best'}; use it with\n"
+        f"the student is in {out / 'best'}; use it with\n"
         f"  python eval.py {out / 'best'} --predict inputs.txt"
         + (" --explain" if METHODS[c.method].explains else "")
     )
@@ -1091,46 +1102,30 @@ def show_result(c: Config, out: Path, result: dict) -> None:
 # ------------------------------------------------------------------------------- command line
 
 
+def add_flag(parser: argparse.ArgumentParser, setting: Field) -> None:
+    """The flag of one field of Config; its type follows from the annotation."""
+    kinds = [setting.type, *get_args(setting.type)]
+    how = {"type": next((kind for kind in (int, float) if kind in kinds), str)}
+    if bool in kinds:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif list[str] in kinds:
+        how = {"nargs": "+"}
+    name = setting.name.replace("_", "-")
+    parser.add_argument(f"--{name}", help=setting.metadata["help"], **how)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags that were given, and no others: `Config` and `resolve` know the defaults."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS
     )
+    for setting in fields(Config):
+        add_flag(parser, setting)
     add = parser.add_argument
-    add("--size", help=f"{', '.join(RECIPES)}; default tiny")
-    add("--weights", help="a Hugging Face T5 folder, or random; default weights/t5-v1_1-SIZE")
-    add("--dataset", help="svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default demo for "
-        "tiny, else esnli")  # fmt: skip
-    add("--data-root", help="where the benchmarks lie; default datasets")
-    add("--method", help=f"{', '.join(METHODS)}; default step-by-step")
-    add("--labels", help="human (default) or teacher")
-    add("--rationales", nargs="+", help="palm, neox, human, or a teacher's .jsonl files")
-    add("--prefixes", help="paper (default) or released")
-    add("--fraction", type=float, help="of the training examples, above 0 and at most 1")
-    add("--augment", help="asdiv: train on its problems too, with a teacher's labels")
-    add("--augment-fraction", type=float, help="of those; default 1")
-    add("--steps", type=int)
-    add("--batch-size", type=int, help="examples in an optimizer step, over all processes")
-    add("--lr", type=float)
-    add("--lam", type=float, help="lambda of Eq. 3; default 1")
-    add("--dropout", type=float, help="default 0.1")
-    add("--seed", type=int, help="default 0")
-    add("--eval-every", type=int, help="steps")
-    add("--device", help="cpu, cuda or cuda:N; default: the best there is")
-    add("--precision", help="fp32 or bf16; default bf16 on CUDA, fp32 on CPU")
-    add("--save-every", type=int, help="steps; default: as often as it evaluates")
-    add("--micro-tokens", type=int, help="most padded places (source + target) in one forward on "
-        "one device")  # fmt: skip
-    add("--parallel", help="none, ddp or fsdp; default under torchrun: fsdp for xl and xxl, "
-        "else ddp")  # fmt: skip
-    add("--recompute", action=argparse.BooleanOptionalAction, help="activations in the backward "
-        "pass, to save memory; default for xl and xxl")  # fmt: skip
-    add("--compile", action=argparse.BooleanOptionalAction, help="the model's blocks, for GPUs; "
-        "takes minutes once")  # fmt: skip
     add("--timeout", type=float, help="seconds that processes wait for each other; default 600")
     add("--plan", action="store_true", help="print memory, steps and time; train nothing")
     add("--gpus", type=int, help="with --plan; default 1")
-    add("--json", action="store_true", help="with --plan")
+    add("--json", action="store_true", help="with --plan: print one JSON object")
     add("--out", help="run folder; default runs/ and a name made of the settings")
     add("--resume", action="store_true", help="continue the run folder, or start it")
     return parser.parse_args(argv)
@@ -1151,8 +1146,8 @@ def remembered(given: dict, out: str | None, resume: bool) -> dict:
     return given
 
 
-def run(given: dict, out: str | None, resume: bool) -> int:
-    """Trains as told by the flags given, or shows what is there; returns the exit status."""
+def run(given: dict, argv: list[str], out: str | None, resume: bool) -> int:
+    """Trains with the flags given, or shows a finished run; returns the exit status."""
     c = resolve(Config(**given))
     check_files(c)
     out = Path(out or run_name(c))
@@ -1161,29 +1156,37 @@ def run(given: dict, out: str | None, resume: bool) -> int:
         def claim() -> dict | None:
             about = provenance(c)
             lock(out, held)
-            return open_run(c, out, about, resume)
+            return open_run(c, out, about, argv, resume)
 
-        # A run that is there is looked at first; a new one claims its folder once all is read.
+        # An existing folder is checked first; a new one is made once all files have been read.
         exists = agreed((out / "run.json").exists)
         result = agreed(claim) if exists else None
         if result:
-            print0(f"{out} is finished; to repeat it elsewhere:\n  {command(c, f'{out}-2')}")
+            first = agreed(lambda: json.loads((out / "run.json").read_text())["argv"])
+            again = command(*(word for word in first if word != "--resume"), "--out", f"{out}-2")
+            print0(f"{out} is finished; to repeat it elsewhere:\n  {again}")
         else:
             data = prepare(c)
             model = build_model(c, data.tokenizer)
             if not exists:
                 agreed(claim)
             print0(f"run folder: {out}")
-            if stop := train(c, out, data, model):
-                return 128 + stop
-            result = finish(c, out, data, model)
+            signals = held.enter_context(Signals())
+            try:
+                train(c, out, data, model, signals)
+                result = finish(c, out, data, model, signals)
+            except Interrupted as stop:
+                print0(f"stopped by signal {stop.number}; the state is saved; continue with\n"
+                       f"  {command('--out', str(out), '--resume')}")  # fmt: skip
+                return 128 + stop.number
         show_result(c, out, result)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 2 with one line for a user's mistake, 1 for a run that could not go on, 143 or
-    130 for one that a signal stopped."""
+    """Exit status 2 with one line for a user's mistake, 1 for a run that could not go on, 128 + n
+    for one that signal n stopped."""
+    argv = sys.argv[1:] if argv is None else argv
     given = vars(parse_args(argv))
     out, resume = given.pop("out", None), given.pop("resume", False)
     timeout, only_plan = given.pop("timeout", evaluation.TIMEOUT), given.pop("plan", False)
@@ -1201,7 +1204,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = remembered(given, out, resume)
         try:
             with processes(choose_device(settings.get("device")), timeout):
-                return run(settings, out, resume)
+                return run(settings, argv, out, resume)
         except (OSError, SafetensorError) as error:  # a full disk, above all
             raise RunError(f"{error}; the last saved state is kept: once this is solved, continue "
                            "with --resume") from None  # fmt: skip

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -201,6 +200,20 @@ def joined(rationales: str, dataset: str) -> str | list[str] | None:
     """What `load_dataset` shall join for a point's `rationales`."""
     words = rationales.split()
     return None if words in ([], ["own"]) else rationale_source(words, dataset, True)
+
+
+def flags_of(c: train.Config) -> list[str]:
+    """The flags of train.py that give these settings."""
+    words = []
+    for name, value in vars(c).items():
+        flag = name.replace("_", "-")
+        if value is None or name == "parallel":  # it follows from the number of processes
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def configure(p: Point, seed: int, given: dict, shuffle: Callable = shuffled) -> train.Config:
@@ -397,7 +410,7 @@ class Pool:
     def needs(self, run: Run) -> int:
         """Places: all GPUs for a model that does not fit one."""
         on_gpu = run.config is not None and run.config.device == "cuda"
-        return self.places if on_gpu and not train.fits(run.config, torch.device("cuda")) else 1
+        return self.places if on_gpu and train.default_parallel(run.config.size) == "fsdp" else 1
 
     def left(self, runs: list[Run]) -> str:
         """How long these may take, in words."""
@@ -406,12 +419,11 @@ class Pool:
 
     def start(self, run: Run) -> tuple[subprocess.Popen, list[str]]:
         taken = [self.free.pop(0) for _ in range(self.needs(run))]
-        words = shlex.split(train.command(run.config, str(run.out), resume=True))
-        words = [sys.executable, str(HERE / "train.py"), *words[words.index("train.py") + 1 :]]
+        words = [sys.executable, str(HERE / "train.py"), *flags_of(run.config), "--resume",
+                 "--out", str(run.out)]  # fmt: skip
         if len(taken) > 1:
             words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=600",
                           f"--nproc_per_node={len(taken)}"]  # fmt: skip
-        words.append(f"--save-every={run.config.save_every}")
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         if taken[0]:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(taken)

@@ -61,7 +61,7 @@ def kill(process):
 def wait_for_step(out, step, process):
     metrics = out / "metrics.jsonl"
     for _ in range(3000):
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+        if metrics.exists() and metrics.read_bytes().count(b'"loss"') >= step:
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
@@ -69,11 +69,9 @@ def wait_for_step(out, step, process):
 
 
 def saved_state(out):
-    """What else the last state holds, or None."""
-    pointer = out / "state" / "latest"
-    if not pointer.exists():
-        return None
-    return json.loads((pointer.with_name(pointer.read_text()) / "state.json").read_text())
+    """`state.json` of the newest state, or None."""
+    folders = sorted((out / "state").glob("step-*[0-9]"))
+    return json.loads((folders[-1] / "state.json").read_text()) if folders else None
 
 
 def killed_after(step, out, *words, processes=1):
@@ -86,6 +84,11 @@ def killed_after(step, out, *words, processes=1):
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_steps(out: Path) -> list[dict]:
+    """The lines of a run's `metrics.jsonl` that are optimizer steps, not evaluations."""
+    return [row for row in read_jsonl(out / "metrics.jsonl") if "loss" in row]
 
 
 def pytest_sessionfinish(session):

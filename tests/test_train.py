@@ -20,6 +20,7 @@ from conftest import (
     kill,
     killed_after,
     read_jsonl,
+    read_steps,
     run,
     same_steps,
     saved_state,
@@ -61,9 +62,11 @@ def test_run_folder(whole, small_task):
     about = json.loads((whole / "run.json").read_text())
     assert about["config"]["steps"] == 12 and len(about["data_sha256"]) == 3
     assert about["versions"]["torch"] == torch.__version__
-    rows = read_jsonl(whole / "metrics.jsonl")
+    rows = read_steps(whole)
     assert [row["step"] for row in rows] == list(range(1, 13))
-    assert [row["step"] for row in rows if "valid_accuracy" in row] == [4, 8, 12]
+    every = read_jsonl(whole / "metrics.jsonl")
+    scores = {row["step"]: row["valid_accuracy"] for row in every if "valid_accuracy" in row}
+    assert list(scores) == [4, 8, 12] and len(every) == 15
     for i, row in enumerate(rows):
         assert row["lr"] == pytest.approx(1e-3 * (1 - i / 12))  # linear to 0, no warm-up
         assert row["loss"] == pytest.approx(row["label_loss"] + row["rationale_loss"])
@@ -77,10 +80,11 @@ def test_run_folder(whole, small_task):
     ]
     assert result["test_accuracy"] == np.mean([row["correct"] for row in predictions])
     assert result["n_test"] == 7 and result["labels"] == "human"
-    accuracies = [row.get("valid_accuracy", -1) for row in rows]
-    assert result["valid_accuracy"] == max(accuracies)
-    assert result["best_step"] == accuracies.index(max(accuracies)) + 1
-    assert json.loads((whole / "best" / "dsbs.json").read_text())["step"] == result["best_step"]
+    assert result["valid_accuracy"] == max(scores.values())
+    assert result["best_step"] == max(scores, key=scores.get)
+    best = json.loads((whole / "best" / "dsbs.json").read_text())
+    assert (best["step"], best["valid_accuracy"]) == (
+        result["best_step"], result["valid_accuracy"])  # fmt: skip
 
 
 def test_a_finished_run_is_shown_not_repeated(whole, small_task):
@@ -188,18 +192,90 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(
     assert len(list((out / "state").glob("step-*"))) == 1
 
 
-def test_resume_mends_a_best_that_a_crash_left_behind(whole, small_task, tmp_path):
-    """Killed between the state of the best step and best/: it is written again from the state."""
+def test_resume_restores_a_best_that_a_crash_left_behind(whole, small_task, tmp_path):
+    """Killed between the two renames of best/: the old one gets its name back. Without it, after
+    an evaluation, the run cannot know which student was the best."""
     out = tmp_path / "run"
-    base = ["train.py", "--dataset", small_task, *QUICK, "--out", out, "--save-every", "100"]
-    state = killed_after(5, out, *base)  # states are saved for better students alone
-    assert state["best_step"] == state["step"]
-    shutil.rmtree(out / "best")
+    base = ["train.py", "--dataset", small_task, *QUICK, "--out", out]
+    killed_after(10, out, *base)
+    (out / "best").rename(out / "best.old")
+    shutil.copytree(out, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / "best.old")
+    error = run(*base[:-1], tmp_path / "lost", "--resume", check=2).stderr
+    assert "best is gone" in error and error.count("\n") == 1
     run(*base, "--resume")
-    assert weights(out, "best") == weights(whole, "best")
+    assert weights(out, "best") == weights(whole, "best") and not (out / "best.old").exists()
+    assert same_steps(out / "metrics.jsonl", whole / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_state_can_be_read_right_after_it_was_saved(tmp_path):
+    """Weights, moments and the step, with other contents there before."""
+    c = train.resolve(train.Config(device="cpu"))
+    torch.manual_seed(0)
+    models = [T5(T5Config.preset("tiny", vocab_size=64)) for _ in range(2)]
+    one, two = [torch.optim.AdamW(model.parameters()) for model in models]
+    for p in models[0].parameters():
+        p.grad = torch.randn_like(p)
+    one.step()
+    train.save_state(c, tmp_path, 1, models[0], one, 7)
+    facts = train.load_state(c, tmp_path, models[1], two)
+    assert facts["step"] == 1 and facts["metrics_bytes"] == 7
+    for p, q in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(p, q)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(one.state[p][key], two.state[q][key])
+
+
+SLOW_DECODING = """
+import sys, time
+import eval as evaluation, train
+from t5 import T5
+quick = T5.generate
+def generate(*args, **more):
+    print("decoding", flush=True)
+    time.sleep(0.5)
+    return quick(*args, **more)
+T5.generate = generate
+evaluation.MAX_TOKENS = 40  # a batch for each example
+evaluation.leave(train.main())
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_in_an_evaluation_ends_it(whole, small_task, tmp_path, processes):
+    """Neither a line of metrics.jsonl nor a best comes of it, and the state is of its step; in the
+    final scoring too."""
+    script, out = tmp_path / "slow.py", tmp_path / "run"
+    script.write_text(SLOW_DECODING)
+    base = ["--dataset", small_task, *QUICK, "--save-every", "100", "--out", out, "--resume"]
+    process = start(script, *base, processes=processes)
+    while process.stdout.readline() != "decoding\n":
+        assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate()[0]
+    assert process.returncode == (143 if processes == 1 else 1), text
+    assert "stopped by signal 15" in text and time.monotonic() - began < 15
+    assert saved_state(out)["step"] == 4 == len(read_jsonl(out / "metrics.jsonl"))
+    assert not (out / "best").exists()
+    run("train.py", *base, processes=processes)
+    if processes == 1:
+        assert weights(out) == weights(whole) and weights(out, "best") == weights(whole, "best")
+        assert same_steps(out / "metrics.jsonl", whole / "metrics.jsonl")
+        (out / "result.json").unlink()
+        process = start(script, *base)
+        while "valid 0" not in (line := process.stdout.readline()) and line:
+            pass  # the last evaluation is done again, then test is scored
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        assert process.returncode == 143 and not (out / "result.json").exists()
+        run("train.py", *base)
+        assert (out / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_saves_and_leaves(whole, small_task, tmp_path, number, status):
     out = tmp_path / "run"
     base = ["train.py", "--dataset", small_task, *QUICK, "--out", out]
@@ -211,9 +287,8 @@ def test_a_signal_saves_and_leaves(whole, small_task, tmp_path, number, status):
         process.send_signal(number)
     text = process.communicate()[0]
     assert process.returncode == status, text
-    assert f"stopped by signal {int(number)} after step" in text and "--resume" in text
-    steps = read_jsonl(out / "metrics.jsonl")
-    assert (out / "state" / "latest").read_text() == f"step-{len(steps):07}"
+    assert f"stopped by signal {int(number)}; " in text and "--resume" in text
+    assert saved_state(out)["step"] == len(read_steps(out))
     run(*base, "--resume")
     assert weights(out) == weights(whole)
     assert same_steps(out / "metrics.jsonl", whole / "metrics.jsonl")
@@ -238,15 +313,14 @@ def test_ranks_agree_on_the_step_they_stop_at(small_task, tmp_path):
     subprocess.run(["kill", "-TERM", str(pid)], check=True)
     text = process.communicate()[0]
     assert [(tmp_path / f"left{rank}").read_text() for rank in (0, 1)] == ["143", "143"], text
-    steps = len(read_jsonl(out / "metrics.jsonl"))
-    assert (out / "state" / "latest").read_text() == f"step-{steps:07}"
+    assert saved_state(out)["step"] == len(read_steps(out))
 
 
 def test_a_full_disk_ends_with_an_error_and_the_last_good_state(whole, small_task, tmp_path):
     out = tmp_path / "run"
     base = ["train.py", "--dataset", small_task, *QUICK, "--out", out]
     killed_after(4, out, *base)
-    before = (out / "state" / "latest").read_text()
+    before = saved_state(out)
     limit = 6_000_000  # bytes in a file: the weights fit, AdamW's moments do not
 
     done = subprocess.run(
@@ -255,7 +329,7 @@ def test_a_full_disk_ends_with_an_error_and_the_last_good_state(whole, small_tas
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "the last saved state is kept" in done.stderr and "Traceback" not in done.stderr
-    assert (out / "state" / "latest").read_text() == before
+    assert saved_state(out) == before
     run(*base, "--resume")
     assert weights(out) == weights(whole)
     assert len(list((out / "state").glob("step-*"))) == 1
@@ -270,10 +344,10 @@ def test_what_may_change_on_resume_and_what_may_not(small_task, tmp_path):
     wait_for_step(out, 6, process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    stopped = len(read_jsonl(out / "metrics.jsonl"))
+    stopped = len(read_steps(out))
     assert 6 <= stopped < 12
     run(*base, "--out", out, "--resume", "--micro-tokens", 150, "--save-every", 2, processes=2)
-    a, b = read_jsonl(tmp_path / "one" / "metrics.jsonl"), read_jsonl(out / "metrics.jsonl")
+    a, b = read_steps(tmp_path / "one"), read_steps(out)
     assert len(b) == 12
     for x, y in zip(a, b):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-5)
@@ -319,8 +393,8 @@ def test_two_processes_on_one_folder_exclude_each_other(small_task, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(small_task, tmp_path):
     out = tmp_path / "run"
     done = run("train.py", "--dataset", small_task, *QUICK, "--lr", "1e30", "--out", out, check=1)
-    assert "is not finite; rank 0, examples c" in done.stderr and "Traceback" not in done.stderr
-    rows = read_jsonl(out / "metrics.jsonl")
+    assert "is not finite; its examples: c" in done.stderr and "Traceback" not in done.stderr
+    rows = read_steps(out)
     assert f"step {len(rows) + 1}:" in done.stderr
     assert all(np.isfinite(row["loss"]) for row in rows)
 
@@ -344,7 +418,7 @@ def test_a_fork_with_its_own_architecture(small_task, tmp_path):
     for processes in (1, 2):
         run(*base, "--out", tmp_path / str(processes), processes=processes)
     assert (tmp_path / "2" / "result.json").exists()
-    one, two = (read_jsonl(tmp_path / n / "metrics.jsonl") for n in "12")
+    one, two = (read_steps(tmp_path / n) for n in "12")
     assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
     assert two[-1]["loss"] < two[0]["loss"]
 
@@ -359,7 +433,7 @@ def test_bf16_trains_fp32_weights(small_task, tmp_path):
     model = T5.from_pretrained(tmp_path / "r" / "last")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert json.loads((tmp_path / "r" / "run.json").read_text())["config"]["precision"] == "bf16"
-    rows = read_jsonl(tmp_path / "r" / "metrics.jsonl")
+    rows = read_steps(tmp_path / "r")
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
