@@ -96,12 +96,12 @@ def ragged_batch(rows=12):
 def gradients(model, pieces, batch, lam=1.0):
     source, mask, labels, tasks, counts = batch
     model.zero_grad()
-    sums = torch.zeros(3)
+    sums = torch.zeros(3)  # L_label, L_rationale, L
     for piece in pieces:
         logits = model(source[piece], mask[piece], shift_right(labels[piece]))
         losses = multitask_loss(logits, labels[piece], tasks[piece], counts, lam)
         losses.total.backward()
-        sums += torch.stack(losses).detach()
+        sums += torch.cat([losses.each, losses.total[None]]).detach()
     return sums, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
