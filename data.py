@@ -25,12 +25,12 @@ Text = str | tuple[str, ...]  # one part, or several
 
 
 class UserError(ValueError):
-    """What a user gave is wrong. One line: the value, what is allowed, how to mend it."""
+    """A user gave something wrong. One line: the value, what is allowed, how to correct it."""
 
 
 @dataclass(slots=True)
 class Example:
-    """An input, what a human says of it (label) and what a teacher does."""
+    """An input, a human's label for it, and a teacher's rationale and label."""
 
     id: str
     input: str | tuple[str, str]  # a pair for NLI: (premise, hypothesis)
@@ -50,7 +50,7 @@ OPERATIONS = {
 
 
 def evaluate_arithmetic(text: str) -> Fraction | None:
-    """The exact value of numbers, + - * /, parentheses and unary minus; None for anything else.
+    """Returns the exact value of numbers, + - * /, parentheses and unary minus; None for all else.
 
     >>> evaluate_arithmetic("( 84.0 / 2.0 )"), evaluate_arithmetic("9**9**9")
     (Fraction(42, 1), None)
@@ -223,7 +223,8 @@ def data_files(
     root: str | Path = "datasets",
     rationales: str | Sequence | None = None,
 ) -> list[Path]:
-    """The files that `load_dataset` reads: the data, then the teacher's answers."""
+    """Lists the files that `load_dataset` reads for a split: the data, then the teacher's answers
+    that --rationales joins to it."""
     task = find_task(name)
     if split not in task.splits:
         raise UserError(f"split {split!r} of {task.name}: one of {', '.join(task.splits)}")
@@ -246,7 +247,7 @@ def data_files(
 
 
 def has_split(name: str | Task, split: str, root: str | Path = "datasets") -> bool:
-    """Is there a file for this split? It isn't opened."""
+    """Says whether a file for this split exists, without opening it."""
     task = find_task(name)
     return split in task.splits and data_files(task, split, root)[0].is_file()
 
@@ -259,7 +260,7 @@ def load_dataset(
     counts: Counter | None = None,
     beside: str | None = None,
 ) -> list[Example]:
-    """The examples of a split, in the order of its file.
+    """Reads the examples of a split, in the order of its file.
 
     rationales: None (what a folder's own lines carry; benchmarks have none), "palm", "neox",
     "human", or a list of teacher files, joined by id; those may also hold other splits, and a
@@ -381,7 +382,7 @@ def _choices(input: Text) -> list[str]:
 
 
 def not_allowed(task: Task, input: Text, label: str) -> str:
-    """What would be allowed, where the label is not; "" where it is. The set is the task's, or
+    """Returns "" for an allowed label, else what is allowed. The set is the task's, or
     what a multiple-choice input offers, or any arithmetic."""
     if task.scorer == "arithmetic":
         return "" if evaluate_arithmetic(label) is not None else "numbers, + - * /, parentheses"
@@ -390,7 +391,7 @@ def not_allowed(task: Task, input: Text, label: str) -> str:
 
 
 def _attach_completions(task: Task, path: Path, examples: list[Example], files: list[Path]) -> None:
-    """Completions belong to the data file's rows by their place: the files one after the other."""
+    """Joins completions to the data file's rows by position: the files one after the other."""
     completions = []
     for file in files:
         with _open(file, task.source) as opened:
@@ -416,8 +417,8 @@ def _attach_files(
     task: Task, root: str | Path, examples: list[Example], files: list[Path], counts: Counter,
     elsewhere: list[tuple[Task, str]],
 ) -> None:  # fmt: skip
-    """A teacher's answers in our own format belong to examples by id; some may belong elsewhere,
-    to a (Task, split)."""
+    """Joins a teacher's answers in our own format to examples by id. An id may also belong to a
+    (Task, split) in `elsewhere`; others count as unmatched."""
     by_id, seen = {example.id: example for example in examples}, set()
 
     def attach(r: dict) -> str:
@@ -710,7 +711,7 @@ def micro_batches(
     world: int,
     overhead: int,
 ) -> list[list[np.ndarray]]:
-    """Deal the rows of one step: for each rank a list of index arrays, equally many for all.
+    """Deals the rows of one step: each rank gets a list of index arrays, equally many for all.
 
     A micro-batch takes places: rows x (longest source + longest target), padding included. None
     takes more than `micro_tokens`, unless it is a single row. Rows of one task stay together and

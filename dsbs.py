@@ -8,6 +8,7 @@ rationale, f student.
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,9 +21,8 @@ TARGETS = {
     LABEL: lambda example, label: label,
     RATIONALE: lambda example, label: example.rationale or None,
 }
-PREFIXES = {  # Section 3.2, and the released code's words:
-    # https://github.com/google-research/distilling-step-by-step/blob/main/run.py
-    "paper": {LABEL: "[label] ", RATIONALE: "[rationale] "},
+PREFIXES = {  # https://github.com/google-research/distilling-step-by-step/blob/main/run.py
+    "paper": {LABEL: "[label] ", RATIONALE: "[rationale] "},  # Section 3.2
     "released": {LABEL: "predict: ", RATIONALE: "explain: "},
 }
 
@@ -35,14 +35,10 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    # Eq. 1: f(x) -> y. Standard fine-tuning, or task distillation with the teacher's labels.
-    "standard": Method(),
-    # Eq. 3, 4: f(x) -> y, f(x) -> r^. The paper's method; it needs no rationale at test.
-    "step-by-step": Method(explains=True, prefixed=True),
-    # Eq. 5: f(x) -> [r^, y]. Its ablation (Table 2): one target, parsed back at test.
-    "single-task": Method(explains=True),
-    # Eq. 2: f(x, r^) -> y. PINTO tuning (Section 4.2): the teacher is needed at test too.
-    "rationale-input": Method(),
+    "standard": Method(),  # Eq. 1: f(x) -> y; task distillation where y is the teacher's
+    "step-by-step": Method(explains=True, prefixed=True),  # Eq. 3, 4: f(x) -> y, f(x) -> r^
+    "single-task": Method(explains=True),  # Eq. 5: f(x) -> [r^, y], parsed at test (Table 2)
+    "rationale-input": Method(),  # Eq. 2: f(x, r^) -> y, PINTO: needs the teacher at test
 }
 
 
@@ -84,10 +80,10 @@ def make_rows(
     examples: Iterable[Example], method: str = "step-by-step", labels: str = "human",
     prefixes: str = "paper", dataset: str | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Training rows, those of an example side by side, its label first. An example without a
-    rationale still teaches its label; one without the wanted label is left out. `dataset` gives
-    single-task's answer its form ("So the answer is ..."); its target is a pair (rationale,
-    answer), so that a cut can spare the answer."""
+    """Returns the training rows, those of an example side by side, its label first. An example
+    without a rationale still teaches its label; one without the wanted label is left out. The
+    `dataset` gives single-task's answer its form ("So the answer is ..."). Its target is a pair
+    (rationale, answer), so that a cut can spare the answer."""
     rows, single = [], method == "single-task"
     assert dataset is not None or not single, "single-task needs the data set's answer form"
     form = get_task(dataset) if single else None
@@ -122,8 +118,9 @@ def multitask_loss(
     )
     # l(f(x), .) of Eq. 1 and 4, summed: (B, T) -> (B,); (M,) stays, and M may be 0.
     per_row = token_losses.view(*labels.shape, 1).flatten(1).sum(1)
-    # per_row @ one_hot(tasks), as products and a sum: autocast would do `@` in bfloat16.
-    sums = (per_row[:, None] * F.one_hot(tasks, len(counts))).sum(0)
+    one_hot = tasks[:, None] == torch.arange(len(counts), device=tasks.device)  # (B, tasks)
+    # per_row @ one_hot, but float32 under autocast too, and no 0 x infinity.
+    sums = torch.where(one_hot, per_row[:, None], 0).sum(0)
     losses = sums / counts.clamp(min=1)  # Eq. 1 (2, 5: other rows), Eq. 4; a step may lack a task
     weights = losses.new_ones(len(counts))
     weights[1:] = lam
