@@ -12,11 +12,11 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import sentencepiece
@@ -25,12 +25,12 @@ Text = str | tuple[str, ...]  # one part, or several
 
 
 class UserError(ValueError):
-    """What a user gave is wrong. One line: the value, what is allowed, how to mend it."""
+    """A user gave something wrong. One line: the value, what is allowed, how to correct it."""
 
 
 @dataclass(slots=True)
 class Example:
-    """An input, what a human says of it (label) and what a teacher does."""
+    """An input, a human's label for it, and a teacher's rationale and label."""
 
     id: str
     input: str | tuple[str, str]  # a pair for NLI: (premise, hypothesis)
@@ -50,7 +50,7 @@ OPERATIONS = {
 
 
 def evaluate_arithmetic(text: str) -> Fraction | None:
-    """The exact value of numbers, + - * /, parentheses and unary minus; None for anything else.
+    """Returns the exact value of numbers, + - * /, parentheses and unary minus; None for all else.
 
     >>> evaluate_arithmetic("( 84.0 / 2.0 )"), evaluate_arithmetic("9**9**9")
     (Fraction(42, 1), None)
@@ -98,8 +98,8 @@ LETTERS = "abcdefghij"
 
 @dataclass(frozen=True)
 class Task:
-    """All facts of a dataset. `labels` is the closed set; None where any text may be an answer (or,
-    cqa, where the input brings its choices)."""
+    """All facts of a dataset. `labels` is the closed set; None where any text may be an answer, or
+    where the input offers its own choices."""
 
     name: str
     labels: tuple[str, ...] | None
@@ -117,6 +117,7 @@ class Task:
     record: str = '{"id": "7", "input": "text, or a list of two", "label": "yes"}'
     also: tuple[str, ...] = ()  # markers of other teachers
     end: str = "."  # what comes after the label
+    choices: bool = False  # multiple choice: each input ends in its "Answer Choices:"
 
 
 def _read_cqa(r: dict) -> tuple[str | None, Text, str | None]:
@@ -139,6 +140,7 @@ TASKS = {task.name: task for task in (
     # The answer must be something [...] So the answer is (d) math problem.\n\nQ: "The man [...]
     Task("cqa", None, "text", "So the answer is", "cqa", "cqa_{}.json", _read_cqa, cut=True,
          palm={"train": 10, "test": 2}, human="abstractive_explanation", source=ARCHIVE,
+         choices=True,
          record='{"id":"6b81[...]","question":"\\"There are 10 apples [...]","choices":["park","co'
          'loring book","garden center","math problem","gravity"],"answer":"math problem",'
          '"abstractive_explanation":"webmath is [...]","extractive_explanation":"[...]"}'),
@@ -162,58 +164,71 @@ TASKS = {task.name: task for task in (
 # fmt: on
 
 
-def get_task(name: str) -> Task:
-    """A row of the table; for a folder what its task.json says, else the labels in train.jsonl."""
-    if name in TASKS and TASKS[name].read:
-        return TASKS[name]
-    folder = Path(TASKS[name].folder if name in TASKS else name).absolute()
-    files = [folder / "train.jsonl", folder / "task.json"]
-    if not files[0].is_file():
+def find_task(name: str | Task) -> Task:
+    """The row of the table, or a folder's Task before its files are read (`get_task` reads them).
+    A Task is returned unchanged, so that every function here takes a name or a Task."""
+    if isinstance(name, Task):
+        return name
+    task = TASKS.get(name) or Task(name, None, "text", "So the answer is", name)
+    if task.read:
+        return task
+    if not Path(task.folder, "train.jsonl").is_file():
         allowed = f"one of {', '.join(TASKS)}, or a folder holding train.jsonl"
         raise UserError(f"dataset {name!r} is unknown: {allowed}")
-    return _folder_task(name, folder, *(f.is_file() and f.stat().st_mtime_ns for f in files))
+    cut = not Path(task.folder, "valid.jsonl").is_file()
+    return replace(task, folder=str(Path(task.folder).absolute()), cut=cut)
 
 
-@functools.lru_cache(maxsize=8)
-def _folder_task(name: str, folder: Path, *times: int) -> Task:
-    """`times` of the two files make the cache forget a folder that was changed."""
-    facts, path = {}, folder / "task.json"
-    if path.is_file():
-        try:
-            facts = json.loads(path.read_bytes())
-            labels = ["free text"] if facts.get("labels") is None else facts["labels"]
-            texts = [facts.get("marker", "marker"), *labels]
-            if not (isinstance(labels, list) and labels and all(map(str.strip, texts))):
-                raise ValueError("labels or marker")
-            if facts.get("scorer", "text") not in ("text", "arithmetic"):
-                raise ValueError("scorer")
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            raise UserError(
-                f'{path} is not {{"labels": a list of texts or null, "scorer": "text" or '
-                f'"arithmetic", "marker": a text}}: {path.read_bytes()[:200]!r}'
-            ) from None
-    scorer, marker = facts.get("scorer", "text"), facts.get("marker", "So the answer is")
-    labels = facts.get("labels")
+def get_task(name: str | Task) -> Task:
+    """The Task with all its facts. Those of a folder are in its task.json; without one, the labels
+    are those in train.jsonl, if they are at most 20. This reads the files at each call: a caller
+    with many texts keeps the Task."""
+    task = find_task(name)
+    if task.read or isinstance(name, Task):
+        return task
+    facts = _read_task_file(Path(task.folder, "task.json"))
+    scorer, labels = facts.get("scorer", task.scorer), facts.get("labels")
     if "labels" not in facts and scorer == "text":
-        seen = set(_read(folder / "train.jsonl", lambda r: str(r.get("label") or "").strip()))
-        labels = sorted(seen - {""}) if len(seen - {""}) <= 20 else None
-    return Task(name, tuple(x.strip() for x in labels or ()) or None, scorer,
-                " ".join(marker.split()), str(folder))  # fmt: skip
+        lines = _read(Path(task.folder, "train.jsonl"), lambda r: str(r.get("label") or "").strip())
+        seen = set(lines) - {""}
+        labels = sorted(seen) if len(seen) <= 20 else None
+    labels = tuple(label.strip() for label in labels or ()) or None
+    marker = " ".join(facts.get("marker", task.marker).split())
+    return replace(task, labels=labels, scorer=scorer, marker=marker)
 
 
-def _is_cut(task: Task) -> bool:
-    """Is valid cut out of train's file?"""
-    return task.cut or (task.read is None and not Path(task.folder, "valid.jsonl").is_file())
+def _read_task_file(path: Path) -> dict:
+    """What a folder's task.json says, checked; {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_bytes())
+        labels = ["free text"] if facts.get("labels") is None else facts["labels"]
+        texts = [facts.get("marker", "marker"), *labels]
+        if not (isinstance(labels, list) and labels and all(map(str.strip, texts))):
+            raise ValueError("labels or marker")
+        if facts.get("scorer", "text") not in ("text", "arithmetic"):
+            raise ValueError("scorer")
+        return facts
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise UserError(
+            f'{path} is not {{"labels": a list of texts or null, "scorer": "text" or '
+            f'"arithmetic", "marker": a text}}: {path.read_bytes()[:200]!r}'
+        ) from None
 
 
 def data_files(
-    name: str, split: str, root: str | Path = "datasets", rationales: str | Sequence | None = None
+    name: str | Task,
+    split: str,
+    root: str | Path = "datasets",
+    rationales: str | Sequence | None = None,
 ) -> list[Path]:
-    """The files that `load_dataset` reads: the data, then the teacher's answers."""
-    task = get_task(name)
+    """Lists the files that `load_dataset` reads for a split: the data, then the teacher's answers
+    that --rationales joins to it."""
+    task = find_task(name)
     if split not in task.splits:
-        raise UserError(f"split {split!r} of {name}: one of {', '.join(task.splits)}")
-    file_split = "train" if split == "valid" and _is_cut(task) else split
+        raise UserError(f"split {split!r} of {task.name}: one of {', '.join(task.splits)}")
+    file_split = "train" if split == "valid" and task.cut else split
     path = Path(root, task.folder, task.file.format(file_split))
     if rationales is None:
         return [path]
@@ -222,28 +237,30 @@ def data_files(
     allowed = [*(["palm", "neox"] if task.palm else []), *(["human"] if task.human else [])]
     if rationales not in allowed:
         allowed = ", ".join([*allowed, "a teacher's files (*.jsonl)"])
-        raise UserError(f"rationales {rationales!r} of {name}: {allowed}")
-    if rationales == "palm":
-        shards = range(task.palm[file_split])
-        return [path, *(path.parent / "llm" / f"{file_split}_CoT_{i}.json" for i in shards)]
-    neox = Path(root, "gpt-neox", name, f"{file_split}.json")
-    return [path, neox] if rationales == "neox" else [path]
+        raise UserError(f"rationales {rationales!r} of {task.name}: {allowed}")
+    if rationales == "human":
+        return [path]
+    if rationales == "neox":
+        return [path, Path(root, "gpt-neox", task.name, f"{file_split}.json")]
+    shards = range(task.palm[file_split])
+    return [path, *(path.parent / "llm" / f"{file_split}_CoT_{i}.json" for i in shards)]
 
 
-def has_split(name: str, split: str, root: str | Path = "datasets") -> bool:
-    """Is there a file for this split? It isn't opened."""
-    return split in get_task(name).splits and data_files(name, split, root)[0].is_file()
+def has_split(name: str | Task, split: str, root: str | Path = "datasets") -> bool:
+    """Says whether a file for this split exists, without opening it."""
+    task = find_task(name)
+    return split in task.splits and data_files(task, split, root)[0].is_file()
 
 
 def load_dataset(
-    name: str,
+    name: str | Task,
     split: str,
     root: str | Path = "datasets",
     rationales: str | Sequence | None = None,
     counts: Counter | None = None,
     beside: str | None = None,
 ) -> list[Example]:
-    """The examples of a split, in the order of its file.
+    """Reads the examples of a split, in the order of its file.
 
     rationales: None (what a folder's own lines carry; benchmarks have none), "palm", "neox",
     "human", or a list of teacher files, joined by id; those may also hold other splits, and a
@@ -253,26 +270,18 @@ def load_dataset(
     outside the set; duplicate ids; an empty split.
     """
     task, counts = get_task(name), Counter() if counts is None else counts
-    path, *answers = data_files(name, split, root, rationales)
-    prefix, make = path.stem.replace("_", "-"), functools.partial(_example, task, rationales)
-    examples = list(_read(path, make, task.record, task.source))
-    cut = split != "test" and _is_cut(task)
-    if len(examples) < 1 + cut:
-        raise UserError(f"{path}: the {split} split of {name} is empty; it needs examples")
-    for row, example in enumerate(examples):
-        example.id = f"{prefix}-{row}" if example.id is None else example.id
-    twice = [id for id, n in Counter(example.id for example in examples).items() if n > 1]
-    if twice:
-        raise UserError(f"{path}: duplicate ids, {len(twice)} of them, such as {twice[:3]}")
+    path, *answers = data_files(task, split, root, rationales)
+    examples = _read_examples(task, split, path, rationales)
     if isinstance(rationales, str):
         if answers:
             _attach_completions(task, path, examples, answers)
     elif answers:
-        elsewhere = [(name, other) for other in task.splits if other != split]
-        elsewhere += [(beside, other) for other in get_task(beside).splits] if beside else []
-        elsewhere = [(n, s) for n, s in elsewhere if has_split(n, s, root)]
+        elsewhere = [(task, other) for other in task.splits if other != split]
+        if beside:
+            elsewhere += [(find_task(beside), other) for other in find_task(beside).splits]
+        elsewhere = [(other, s) for other, s in elsewhere if has_split(other, s, root)]
         _attach_files(task, root, examples, answers, counts, elsewhere)
-    if cut:
+    if task.cut and split != "test":
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]
     for example in examples:
         if example.teacher_label and not_allowed(task, example.input, example.teacher_label):
@@ -280,6 +289,21 @@ def load_dataset(
             counts["teacher_labels_dropped"] += 1
         counts["without_rationale"] += not example.rationale
     counts["examples"] += len(examples)
+    return examples
+
+
+def _read_examples(task: Task, split: str, path: Path, rationales: object) -> list[Example]:
+    """Every example of a split's file, each with an id of its own."""
+    make = functools.partial(_example, task, rationales)
+    examples = list(_read(path, make, task.record, task.source))
+    if len(examples) < (2 if task.cut and split != "test" else 1):
+        raise UserError(f"{path}: the {split} split of {task.name} is empty; it needs examples")
+    for row, example in enumerate(examples):
+        if example.id is None:
+            example.id = f"{path.stem.replace('_', '-')}-{row}"
+    twice = [id for id, n in Counter(example.id for example in examples).items() if n > 1]
+    if twice:
+        raise UserError(f"{path}: duplicate ids, {len(twice)} of them, such as {twice[:3]}")
     return examples
 
 
@@ -352,22 +376,22 @@ def _text(record: dict, key: str) -> str | None:
 
 
 def _choices(input: Text) -> list[str]:
-    """What a CQA input offers: the lines "(a) park" at its end."""
+    """What a multiple-choice input offers: the lines "(a) park" at its end."""
     lines = str(input).rpartition("\nAnswer Choices:\n")[2].split("\n")
     return [line[4:].strip() for line in lines if re.match(rf"\([{LETTERS}]\) ", line)]
 
 
 def not_allowed(task: Task, input: Text, label: str) -> str:
-    """What would be allowed, where the label is not; "" where it is. The set is the task's, or
-    (cqa) what the input offers, or any arithmetic."""
+    """Returns "" for an allowed label, else what is allowed. The set is the task's, or
+    what a multiple-choice input offers, or any arithmetic."""
     if task.scorer == "arithmetic":
         return "" if evaluate_arithmetic(label) is not None else "numbers, + - * /, parentheses"
-    allowed = _choices(input) if task.name == "cqa" else task.labels
+    allowed = _choices(input) if task.choices else task.labels
     return "" if allowed is None or label in allowed else f"one of {', '.join(allowed)}"
 
 
 def _attach_completions(task: Task, path: Path, examples: list[Example], files: list[Path]) -> None:
-    """Completions belong to the data file's rows by their place: the files one after the other."""
+    """Joins completions to the data file's rows by position: the files one after the other."""
     completions = []
     for file in files:
         with _open(file, task.source) as opened:
@@ -385,16 +409,16 @@ def _attach_completions(task: Task, path: Path, examples: list[Example], files: 
             f"completions for {len(examples)} rows of {path}; get both from {task.source}"
         )
     for example, completion in zip(examples, completions):
-        rationale, example.teacher_label = parse_completion(task.name, completion) or (None, None)
+        rationale, example.teacher_label = parse_completion(task, completion) or (None, None)
         example.rationale = rationale or None
 
 
 def _attach_files(
     task: Task, root: str | Path, examples: list[Example], files: list[Path], counts: Counter,
-    elsewhere: list[tuple[str, str]],
+    elsewhere: list[tuple[Task, str]],
 ) -> None:  # fmt: skip
-    """A teacher's answers in our own format belong to examples by id; some may belong elsewhere,
-    to a (dataset, split)."""
+    """Joins a teacher's answers in our own format to examples by id. An id may also belong to a
+    (Task, split) in `elsewhere`; others count as unmatched."""
     by_id, seen = {example.id: example for example in examples}, set()
 
     def attach(r: dict) -> str:
@@ -432,7 +456,7 @@ CHOICE = re.compile(rf"[\s:]*\([{LETTERS}]\)[ \t]*(.*)")
 STOP = re.compile(r"(?<!\.[A-Za-z])(?<!\bMrs)(?<!\b(?:Mr|Ms|Dr|St))\.(?=\s)|\.$")
 
 
-def parse_completion(name: str, completion: str) -> tuple[str, str] | None:
+def parse_completion(name: str | Task, completion: str) -> tuple[str, str] | None:
     """(rationale, label) of a teacher's completion or a single-task student's text; None where it
     has no answer, or different ones. A label outside a closed set is returned as it is written.
 
@@ -465,7 +489,7 @@ def _answer(task: Task, text: str, start: int, end: int) -> str | None:
     """The label in text[start:end], just after a marker."""
     if task.scorer == "arithmetic":
         return _expression(text, start, end)
-    match = (CHOICE if task.name == "cqa" else LINE).match(text, start, end)
+    match = (CHOICE if task.choices else LINE).match(text, start, end)
     line = match[1].rstrip() if match else ""
     for label in sorted(task.labels or (), key=len, reverse=True):
         # "neutral.", "**neutral**", "neutral, as he ...", but not "neutral or contradiction".
@@ -476,7 +500,7 @@ def _answer(task: Task, text: str, start: int, end: int) -> str | None:
             return None if any(re.search(other, rest) for other in others) else label
     label = STOP.split(line, maxsplit=1)[0].strip()
     # Two choices are none: "(a) ocean or (b) sea."
-    return None if task.name == "cqa" and re.search(rf"\([{LETTERS}]\)", label) else label or None
+    return None if task.choices and re.search(rf"\([{LETTERS}]\)", label) else label or None
 
 
 def _expression(text: str, start: int, end: int) -> str | None:
@@ -493,7 +517,7 @@ def _expression(text: str, start: int, end: int) -> str | None:
     return label if evaluate_arithmetic(label) is not None else None
 
 
-def format_answer(name: str, input: Text, label: str) -> str:
+def format_answer(name: str | Task, input: Text, label: str) -> str:
     """The sentence that `parse_completion` reads the label from: single-task's last words.
 
     >>> format_answer("svamp", "Luke scored [...]", "84 / 2")
@@ -502,12 +526,12 @@ def format_answer(name: str, input: Text, label: str) -> str:
     task, label = get_task(name), label.strip()
     if task.scorer == "arithmetic" and not (label.startswith("(") and label.endswith(")")):
         label = f"({label})"
-    if name == "cqa" and label in (choices := _choices(input)):
+    if task.choices and label in (choices := _choices(input)):
         label = f"({LETTERS[choices.index(label)]}) {label}"
     return f"{task.marker} {label}{task.end}"
 
 
-def is_correct(name: str, prediction: str | None, label: str) -> bool:
+def is_correct(name: str | Task, prediction: str | None, label: str) -> bool:
     """Text is right when equal after strip (the released rule), arithmetic when the exact values
     agree to 1e-6 relative. No prediction is wrong."""
     if prediction is None or get_task(name).scorer == "text":
@@ -581,20 +605,12 @@ class Tokenizer:
         return self.model.Decode([int(id) for id in ids if self.unk_id < id < self.pieces])
 
 
-class Row(NamedTuple):
-    """One thing that a student learns: what it reads, and what it should write."""
-
-    task: str  # "label" or "rationale"
-    source: Text
-    target: str | tuple[str, str]  # a pair is single-task's (rationale, answer)
-
-
 @dataclass
 class TokenRows:
     """Tokenised rows in flat arrays; row i's source is source_ids[source_offsets[i] up to
     source_offsets[i + 1]]. An example's rows are consecutive, its label row first."""
 
-    tasks: np.ndarray  # (n,) uint8: 0 label, 1 rationale
+    tasks: np.ndarray  # (n,) uint8: the number of the row's task; 0 is the label
     source_ids: np.ndarray  # int32
     source_offsets: np.ndarray  # (n + 1,) int64
     target_ids: np.ndarray
@@ -623,10 +639,11 @@ class TokenRows:
 
 
 def tokenize_rows(
-    rows: Sequence[Row], tokenizer: Tokenizer, max_source: int = 1024, max_target: int = 256
+    rows: Sequence, tokenizer: Tokenizer, max_source: int = 1024, max_target: int = 256
 ) -> TokenRows:
-    """Tokenise, once. Where a pair (rationale, answer) is too long, rationale tokens go, from the
-    rationale's end; the answer and EOS stay, whatever the limit."""
+    """Tokenises `dsbs.Row`s, once: a row has a task `number`, a `source` and a `target`. Where a
+    target is a pair (rationale, answer) and too long, this function cuts the rationale's end; the
+    answer and EOS stay, whatever the limit."""
 
     def cut_source(i: int) -> list[int]:
         return tokenizer.encode(rows[i].source, max_source)
@@ -640,11 +657,11 @@ def tokenize_rows(
 
     if not rows:
         raise UserError("no example has a label of the kind to train on: see --labels")
-    tasks = np.array([row.task == "rationale" for row in rows], np.uint8)
+    tasks = np.array([row.number for row in rows], np.uint8)
     assert tasks[0] == 0, "an example begins with its label row"
     example = np.cumsum(tasks == 0, dtype=np.int32) - 1
-    sources = (row.source for row in rows)
-    targets = (t if isinstance(t, str) else " ".join(t) for _, _, t in rows)
+    sources, whole = (row.source for row in rows), (row.target for row in rows)
+    targets = (t if isinstance(t, str) else " ".join(t) for t in whole)
     source = _pack(sources, tokenizer, max_source, cut_source)
     target = _pack(targets, tokenizer, max_target, cut_target)
     unknown = sum(int((ids == tokenizer.unk_id).sum()) for ids in (source[0], target[0]))
@@ -694,7 +711,7 @@ def micro_batches(
     world: int,
     overhead: int,
 ) -> list[list[np.ndarray]]:
-    """Deal the rows of one step: for each rank a list of index arrays, equally many for all.
+    """Deals the rows of one step: each rank gets a list of index arrays, equally many for all.
 
     A micro-batch takes places: rows x (longest source + longest target), padding included. None
     takes more than `micro_tokens`, unless it is a single row. Rows of one task stay together and

@@ -30,6 +30,7 @@ from data import (
     Example,
     Tokenizer,
     UserError,
+    find_task,
     get_task,
     is_correct,
     load_dataset,
@@ -348,7 +349,8 @@ def predict(
     texts = generate_texts(student, sources, new_tokens, progress=progress)
     rationales = [None] * len(texts)
     if single:
-        parsed = [parse_completion(student.dataset, t) or (t, "") for t in texts]
+        task = get_task(student.dataset)
+        parsed = [parse_completion(task, t) or (t, "") for t in texts]
         rationales, texts = [r for r, _ in parsed], [label for _, label in parsed]
     elif explain:
         sources = [make_source(e, student.method, student.prefixes, RATIONALE) for e in examples]
@@ -381,9 +383,9 @@ def evaluate(
     scored = [label is not None for label in gold]
     if not any(scored):
         raise UserError("no example has a label, neither human nor the teacher's: nothing to score")
-    rows = predict(student, examples, explain, progress)
+    rows, task = predict(student, examples, explain, progress), get_task(student.dataset)
     for row, label in zip(rows, gold):
-        row["correct"] = label is not None and is_correct(student.dataset, row["prediction"], label)
+        row["correct"] = label is not None and is_correct(task, row["prediction"], label)
     accuracy = sum(row["correct"] for row in rows) / sum(scored)
     return {"accuracy": accuracy, "n": sum(scored), "labels": kind}, rows
 
@@ -396,7 +398,7 @@ def rationale_source(
     the demo) carries its own."""
     if names:
         return names[0] if names[0] in NAMED and len(names) == 1 else names
-    return "palm" if needed and dataset in ("svamp", "cqa", "esnli", "anli1") else None
+    return "palm" if needed and find_task(dataset).palm else None
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -51,6 +51,7 @@ from data import (
     SPLITS,
     TASKS,
     Example,
+    Task,
     Text,
     UserError,
     data_files,
@@ -123,10 +124,10 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
     where = HERE / "prompts" / f"{'svamp' if name == 'asdiv' else name}.txt"
     path = where if name in TASKS else Path(task.folder, "prompt.txt")
     placeholder = "84 / 2" if task.scorer == "arithmetic" else (task.labels or ("LABEL",))[0]
-    answer = format_answer(name, "", "(a) CHOICE" if name == "cqa" else placeholder)
+    answer = format_answer(task, "", "(a) CHOICE" if task.choices else placeholder)
     instruction, demonstrations = "Answer the question.", []
     try:
-        instruction, demonstrations = _parse_prompt(name, path, answer)
+        instruction, demonstrations = _parse_prompt(task, path, answer)
     except FileNotFoundError:
         if shots != 0:
             raise UserError(
@@ -138,7 +139,7 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
         raise UserError(f"{path}: {error}; a prompt is a text file in UTF-8") from None
     if shots == 0:
         labels = f" The answer is one of: {', '.join(task.labels)}." if task.labels else ""
-        form = format_answer(name, "", "LABEL") if task.labels else answer
+        form = format_answer(task, "", "LABEL") if task.labels else answer
         instruction += f"{labels} Think step by step, then end in this form: {form}"
     elif not demonstrations:
         raise UserError(f"{path} holds no demonstration; it needs some, or use --shots 0")
@@ -148,7 +149,7 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
     return Prompt(instruction, tuple(demonstrations[:shots]), *([names.groups()] if names else []))
 
 
-def _parse_prompt(name: str, path: Path, form: str) -> tuple[str, list[tuple[str, str]]]:
+def _parse_prompt(task: Task, path: Path, form: str) -> tuple[str, list[tuple[str, str]]]:
     """(instruction, demonstrations) of a file whose blocks are parted by blank lines."""
     text, instruction, demonstrations = path.read_text("utf-8-sig"), "", []
 
@@ -167,11 +168,11 @@ def _parse_prompt(name: str, path: Path, form: str) -> tuple[str, list[tuple[str
         if start or parts[::2] != ["Q", "A"]:
             fail(number, f"{(start or block[0])[:60]!r} is not one Q and one A")
         question, answer = parts[1].strip(), parts[3].strip()
-        rationale, label = parse_completion(name, answer) or ("", "")
+        rationale, label = parse_completion(task, answer) or ("", "")
         number += parts[1].count("\n")
         if not question or not rationale:
             fail(number, f"no input before it, or {answer[-60:]!r} is no rationale with an answer")
-        if allowed := not_allowed(get_task(name), question, label):
+        if allowed := not_allowed(task, question, label):
             fail(number, f"label {label!r} is not {allowed}")
         demonstrations.append((question, answer))
     return instruction, demonstrations
@@ -273,7 +274,7 @@ class Answer:
     label: str | None = None
 
 
-def read_answer(name: str, record: dict) -> Answer:
+def read_answer(name: str | Task, record: dict) -> Answer:
     """Parses a completion. Of a reasoning model's answer the thoughts (<think>, or the log's
     `reasoning`) count where the answer has no rationale, or nothing, besides."""
     if record.get("error"):
@@ -292,7 +293,7 @@ def read_answer(name: str, record: dict) -> Answer:
     return Answer("truncated" if cut else "answered", found[0] or thoughts.strip(), found[1])
 
 
-def vote(name: str, example: Example, answers: list[Answer]) -> Answer:
+def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
     """The majority's label, and the first rationale that led to it. Equations of one value are one
     label; labels in the set go before others; only whole answers vote, if there are any."""
     votes = [a for a in answers if a.state == "answered"]
@@ -320,11 +321,11 @@ def derive(
     for example in examples:
         if not (some := answers.get(example.id)):
             continue
-        chosen = vote(name, example, [some[sample] for sample in sorted(some)])
+        chosen = vote(task, example, [some[sample] for sample in sorted(some)])
         whole = chosen.state == "answered"
         right = (
             whole and example.label is not None
-            and is_correct(name, chosen.label, example.label)
+            and is_correct(task, chosen.label, example.label)
         )  # fmt: skip
         scored, correct = scored + (example.label is not None), correct + right
         if whole:
@@ -816,6 +817,7 @@ def read_answers(
     replaces an earlier one. facts: how they were asked for, and what all the lines cost."""
     inputs = {example.id: input_sha256(example) for example in examples}
     answers, cost, asked, times = {}, Counter(), {}, (None, None)
+    task = get_task(name)
     for number, record in read_log(path):
         id = record["id"]
         if record["input_sha256"] != inputs.get(id):
@@ -823,7 +825,7 @@ def read_answers(
                 f"{path}:{number}: {id!r} stands for another input than in this split of {name}; "
                 "if the data changed, give another --out"
             )
-        answer, some = read_answer(name, record), answers.setdefault(id, {})
+        answer, some = read_answer(task, record), answers.setdefault(id, {})
         if answer.state != "failed" or record["sample"] not in some:  # else the old one stands
             some[record["sample"]] = answer
         for key in ("prompt_tokens", "completion_tokens", "total_tokens"):

@@ -63,7 +63,7 @@ from data import (
     step_examples,
     tokenize_rows,
 )
-from dsbs import METHODS, PREFIXES, make_rows, multitask_loss, wanted_label
+from dsbs import METHODS, PREFIXES, TARGETS, make_rows, multitask_loss, wanted_label
 from eval import (
     MULTIPLE,
     NAMED,
@@ -199,7 +199,7 @@ def resolve(config: Config) -> Config:
         if get_task(c.dataset).scorer != "arithmetic":
             raise UserError(f"--augment {c.augment} with --dataset {c.dataset}: its answers are "
                             "equations; allowed: svamp")  # fmt: skip
-        if not teacher_files(c):
+        if not split_rationales(c, "augment"):
             raise UserError(f"--augment {c.augment} needs a teacher's answers to it; annotate it "
                             f"with `python teacher.py --dataset {c.augment}` and add the file to "
                             f"--rationales, which may be `palm teacher/{c.augment}.train.jsonl`")
@@ -332,7 +332,7 @@ def weights_hashes(folder: Path) -> dict[str, str]:
 
 def provenance(c: Config) -> dict:
     """All that decides a run's result besides its configuration: data, weights, code, versions."""
-    paths = set(map(Path, teacher_files(c)))
+    paths = set(map(Path, split_rationales(c, "augment")))
     for split in ["train", "valid"] + ["test"] * has_split(c.dataset, "test", c.data_root):
         paths.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
     if c.augment:
@@ -595,16 +595,14 @@ def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict:
 # --------------------------------------------------------------------------------------- data
 
 
-def teacher_files(c: Config) -> list[str]:
-    """Those of --rationales that are files; palm, neox and human are names."""
-    return [r for r in c.rationales if r not in NAMED] if isinstance(c.rationales, list) else []
-
-
 def split_rationales(c: Config, split: str) -> str | list[str] | None:
-    """What to join to a split: the teacher's answers are needed on valid and test only where the
-    student reads them, or where nobody else has labelled the examples."""
-    named = [r for r in c.rationales if r in NAMED] if isinstance(c.rationales, list) else []
-    source = named[0] if named else c.rationales
+    """What of --rationales feeds train, valid, test, or "augment": the files alone. palm, neox or
+    human go before files. Valid and test need a teacher's answers only where the student reads
+    them, or where nobody else has labelled the examples."""
+    given = c.rationales if isinstance(c.rationales, list) else []
+    if split == "augment":
+        return [r for r in given if r not in NAMED]
+    source = next((r for r in given if r in NAMED), c.rationales)
     unlabelled = c.labels == "teacher" and isinstance(source, list)
     needed = split == "train" or c.method == "rationale-input" or unlabelled
     return source if needed else None
@@ -612,7 +610,8 @@ def split_rationales(c: Config, split: str) -> str | list[str] | None:
 
 def augmenting(c: Config, counts: Counter) -> list[Example]:
     """That part of ASDiv, its teacher's labels as labels (Figures 7 and 9)."""
-    examples = load_dataset(c.augment, "train", c.data_root, teacher_files(c), counts, c.dataset)
+    files = split_rationales(c, "augment")
+    examples = load_dataset(c.augment, "train", c.data_root, files, counts, c.dataset)
     for example in examples:
         example.label = example.teacher_label
     return fraction_of(examples, c.augment_fraction, [c.seed, 2])
@@ -794,7 +793,7 @@ def check_files(c: Config) -> None:
             f"--local-dir weights/{name}`, or allowed: another Hugging Face T5 folder, or random "
             "(untrained)"
         )
-    answers, own = list(map(Path, teacher_files(c))), []
+    answers, own = list(map(Path, split_rationales(c, "augment"))), []
     # A folder of your own may do without test.
     tested = c.dataset in TASKS or has_split(c.dataset, "test", c.data_root)
     for split in ("train", "valid", "test") if tested else ("train", "valid"):
@@ -852,13 +851,13 @@ def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str,
 def forward_backward(
     model: nn.Module, batch: dict[str, Tensor], counts: Tensor, c: Config, scale: int
 ) -> Tensor:
-    """One micro-batch: adds to the gradients, returns its (L_label, L_rationale) shares."""
+    """One micro-batch: adds to the gradients, returns its shares of each task's loss and of L."""
     labels = batch["labels"]
     with autocast(counts.device, c.precision):
         logits = model(batch["input_ids"], batch["attention_mask"], shift_right(labels))
     losses = multitask_loss(logits, labels, batch["tasks"], counts, c.lam)
     (losses.total * scale).backward()
-    return torch.stack([losses.label, losses.rationale]).detach()
+    return torch.cat([losses.each, losses.total[None]]).detach()
 
 
 def train_step(
@@ -870,7 +869,7 @@ def train_step(
     the loss or the gradient is not finite.
     """
     start, rows = time.monotonic(), data.rows
-    rank, world = rank_and_world()
+    (rank, world), n = rank_and_world(), len(TARGETS)
     examples = step_examples(rows.n_examples, c.batch_size, c.seed, step)
     mine = rows.rows_of(examples)
     sources, targets = (o[mine + 1] - o[mine] for o in (rows.source_offsets, rows.target_offsets))
@@ -881,9 +880,9 @@ def train_step(
     )[rank]  # fmt: skip
     known = to_tensors({
         # Each task's target tokens in the whole step: the denominators of Eq. 1 and 4.
-        "counts": np.array([targets[rows.tasks[mine] == task].sum() for task in (0, 1)]),
-        # Summed over ranks: L_label, L_rationale, and how many ranks got each signal.
-        "shares": np.array([0, 0, *(stop == number for number in STOPPING)], np.float32),
+        "counts": np.array([targets[rows.tasks[mine] == task].sum() for task in range(n)]),
+        # Summed over ranks: each task's loss, L, and how many ranks got each signal.
+        "shares": np.float32([0] * (n + 1) + [stop == number for number in STOPPING]),
     }, device)  # fmt: skip
     counts, shares = known["counts"], known["shares"]
     if device.type == "cuda":
@@ -900,14 +899,14 @@ def train_step(
         # DDP waits for the last to do it; FSDP does it each time, and keeps no whole gradients.
         wait = c.parallel == "ddp" and i < len(dealt) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
-            shares[:2] += forward_backward(model, batch, counts, c, world)
+            shares[: n + 1] += forward_backward(model, batch, counts, c, world)
     if world > 1:
         dist.all_reduce(shares)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     norm = norm.full_tensor() if c.parallel == "fsdp" else norm
     # The one time in a step that the host waits for the device.
-    label_loss, rationale_loss, *stopped, grad_norm = torch.cat([shares, norm[None]]).tolist()
-    loss = label_loss + c.lam * rationale_loss
+    figures = torch.cat([shares, norm[None]]).tolist()
+    task_losses, (loss, *stopped, grad_norm) = figures[:n], figures[n:]
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunError(
             f"step {step + 1}: loss {loss}, gradient norm {grad_norm} is not finite; its examples: "
@@ -918,7 +917,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     seconds = time.monotonic() - start
     metrics = {
-        "step": step + 1, "label_loss": label_loss, "rationale_loss": rationale_loss,
+        "step": step + 1, **{f"{task}_loss": x for task, x in zip(TARGETS, task_losses)},
         "loss": loss, "lr": lr, "grad_norm": grad_norm,
         "examples_per_second": c.batch_size / seconds,
         "tokens_per_second": int(sources.sum() + targets.sum()) / seconds,
@@ -988,7 +987,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
     wrapped = model if c.parallel == "fsdp" else parallelize(model, c)
     if world > 1:  # DDP orders its buckets anew after the first backward: do it before step 1
         batch = to_tensors(collate(data.rows, np.array([0])), device)
-        forward_backward(wrapped, batch, torch.ones(2, device=device), c, world)
+        forward_backward(wrapped, batch, torch.ones(len(TARGETS), device=device), c, world)
         model.zero_grad(set_to_none=True)
 
     metrics_file = open(out / "metrics.jsonl", "ab") if rank == 0 else None  # noqa: SIM115
@@ -1071,7 +1070,8 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
             evaluation.write_jsonl(out / "predictions.jsonl", rows)
     kind, gold = evaluation.gold_labels(data.valid if data.test is None else data.test)
     scored = [label for label in gold if label is not None]
-    hits = sum(is_correct(c.dataset, data.majority, label) for label in scored)
+    task = get_task(c.dataset)
+    hits = sum(is_correct(task, data.majority, label) for label in scored)
     about = json.loads((best / "dsbs.json").read_text())
     result = {
         "valid_accuracy": about["valid_accuracy"], "test_accuracy": summary["accuracy"],

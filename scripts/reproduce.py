@@ -544,7 +544,8 @@ def few_shot(dataset: str, root: str, rationales: str) -> tuple[float, int, int]
     if not scored or not any(e.teacher_label for e in scored):
         return None
     given = [(e.teacher_label, e.label) for e in scored]
-    right = sum(bool(answer) and is_correct(dataset, answer, label) for answer, label in given)
+    task = get_task(dataset)
+    right = sum(bool(answer) and is_correct(task, answer, label) for answer, label in given)
     return right / len(scored), len(scored), sum(not answer for answer, _ in given)
 
 

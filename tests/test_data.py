@@ -13,6 +13,7 @@ from data import (
     Example,
     UserError,
     data_files,
+    find_task,
     format_answer,
     get_task,
     has_split,
@@ -269,6 +270,19 @@ def test_folder_without_valid_and_test(tmp_path: Path) -> None:
     assert [e.id for e in train] == [f"x{i}" for i in sorted(order[4:])]
     assert has_split(str(tmp_path), "valid") and not has_split(str(tmp_path), "test")
     assert "test.jsonl" in error_of(tmp_path, "test")
+
+
+def test_a_task_stands_for_its_name(closed: str) -> None:
+    task = get_task(closed)
+    Path(closed, "task.json").unlink()
+    write(Path(closed, "train.jsonl"), example(1), example(2))
+    assert get_task(task) is find_task(task) is task
+    assert find_task(closed).labels is None, "no file of the folder is read"
+    assert data_files(task, "train") == data_files(closed, "train")
+    assert load_dataset(task, "train") == load_dataset(closed, "train")
+    assert parse_completion(task, "r So the answer is no-go.") == ("r", "no-go")
+    assert format_answer(task, "", "no") == "So the answer is no."
+    assert is_correct(task, "no", "no ") and not is_correct(task, None, "no")
 
 
 def test_label_sets_of_folders(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st  # noqa: E402
 
 from data import (  # noqa: E402
     LETTERS,
-    Row,
     Tokenizer,
     evaluate_arithmetic,
     format_answer,
@@ -26,6 +25,7 @@ from data import (  # noqa: E402
     step_examples,
     tokenize_rows,
 )
+from dsbs import Row  # noqa: E402
 
 settings.register_profile("quick", deadline=None, max_examples=100, derandomize=True)
 settings.load_profile("quick")

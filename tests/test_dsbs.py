@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from data import Example, load_dataset, parse_completion
-from dsbs import METHODS, PREFIXES, make_rows, make_source, multitask_loss
+from dsbs import METHODS, PREFIXES, TARGETS, make_rows, make_source, multitask_loss
 from t5 import T5, T5Config, shift_right
 
 PLAIN = Example("a", "2 apples and 3 more?", "( 2.0 + 3.0 )", "2 + 3 = 5.", "(2 + 3)")
@@ -96,12 +96,12 @@ def ragged_batch(rows=12):
 def gradients(model, pieces, batch, lam=1.0):
     source, mask, labels, tasks, counts = batch
     model.zero_grad()
-    sums = torch.zeros(3)
+    sums = torch.zeros(3)  # L_label, L_rationale, L
     for piece in pieces:
         logits = model(source[piece], mask[piece], shift_right(labels[piece]))
         losses = multitask_loss(logits, labels[piece], tasks[piece], counts, lam)
         losses.total.backward()
-        sums += torch.stack(losses).detach()
+        sums += torch.cat([losses.each, losses.total[None]]).detach()
     return sums, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -176,6 +176,35 @@ def test_loss_is_cross_entropy_of_each_task(model):
     ]
     assert torch.allclose(losses.label, of_task[0]) and torch.allclose(losses.rationale, of_task[1])
     assert torch.allclose(losses.total, of_task[0] + 0.3 * of_task[1])
+
+
+def test_the_loss_of_three_tasks(model):
+    """Cross-entropy of each, the label's weight 1 and lambda for both others."""
+    source, mask, labels, _, _ = ragged_batch()
+    tasks = torch.arange(12) % 3
+    counts = torch.stack([(labels[tasks == t] != -100).sum() for t in range(3)])
+    logits = model(source, mask, shift_right(labels))
+    losses = multitask_loss(logits, labels, tasks, counts, lam=0.3)
+    for task in range(3):
+        mine = logits[tasks == task].flatten(0, 1), labels[tasks == task].flatten()
+        alone = torch.nn.functional.cross_entropy(*mine, ignore_index=-100)
+        assert torch.allclose(losses.each[task], alone)
+    assert torch.allclose(losses.total, losses.each @ torch.tensor([1, 0.3, 0.3]))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = multitask_loss(logits, labels, tasks, counts, lam=0.3)
+    assert torch.equal(again.each, losses.each), "float32 under autocast too"
+    logits = logits.detach().masked_fill((tasks == 2)[:, None, None], math.nan)
+    assert multitask_loss(logits, labels, tasks, counts).each.isfinite().tolist() == [1, 1, 0]
+
+
+def test_a_third_task_is_an_entry_of_two_tables(monkeypatch):
+    monkeypatch.setitem(TARGETS, "shout", lambda example, label: label.upper())
+    monkeypatch.setitem(PREFIXES["paper"], "shout", "[shout] ")
+    rows = make_rows([PLAIN, PAIR])
+    assert [row.task for row in rows] == ["label", "rationale", "shout"] * 2
+    assert [row.number for row in rows] == [0, 1, 2] * 2
+    assert rows[-1] == ("shout", ("[shout] It rains.", "It is dry."), "CONTRADICTION")
+    assert {row.task for row in make_rows([PLAIN], "standard")} == {"label"}
 
 
 def test_a_missing_task_is_zero_not_nan(model):

@@ -1,4 +1,4 @@
-"""README's commands parse, its numbers match the code, and its two forks run as printed."""
+"""README's commands parse, its numbers match the code, and its forks run as printed."""
 
 import json
 import re
@@ -93,3 +93,17 @@ def test_the_fork_of_the_task(tmp_path):
         "--data-root", tmp_path / "datasets", "--out", tmp_path / "r")  # fmt: skip
     predictions = read_jsonl(tmp_path / "r" / "predictions.jsonl")
     assert [row["id"] for row in predictions] == [f"test{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_fork_with_a_third_task(small_task, tmp_path, processes):
+    assert SNIPPETS[2].count("\n") < 10
+    (tmp_path / "third.py").write_text(SNIPPETS[2])
+    run(tmp_path / "third.py", "--dataset", small_task, *QUICK, "--lam", "0.5", "--out",
+        tmp_path / "r", processes=processes)  # fmt: skip
+    steps = [m for m in read_jsonl(tmp_path / "r" / "metrics.jsonl") if "loss" in m]
+    assert len(steps) == 6
+    for m in steps:
+        assert m["label_loss"] > 0 and m["rationale_loss"] > 0 and m["gist_loss"] > 0
+        others = m["rationale_loss"] + m["gist_loss"]
+        assert m["loss"] == pytest.approx(m["label_loss"] + 0.5 * others, rel=1e-5)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data import Row, Tokenizer, TokenRows, UserError, collate, tokenize_rows
+from data import Tokenizer, TokenRows, UserError, collate, tokenize_rows
+from dsbs import Row
 
 CORPUS = [
     "Luke scored 84 points after playing 2 rounds of a trivia game.",
