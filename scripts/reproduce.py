@@ -34,11 +34,28 @@ sys.path.insert(0, str(HERE))
 
 import t5  # noqa: E402
 import train  # noqa: E402
-from data import TASKS, Tokenizer, UserError, get_task, has_split, is_correct  # noqa: E402
-from data import load_dataset  # noqa: E402
+from data import (  # noqa: E402
+    TASKS,
+    Tokenizer,
+    UserError,
+    get_task,
+    has_split,
+    is_correct,
+    load_dataset,
+)
 from eval import rationale_source  # noqa: E402
-from scripts.tables import BESIDE_TEACHER, BOTH, INPUTS, NAMES, RESULTS, TITLES  # noqa: E402
-from scripts.tables import Point, gather, write_results, write_text  # noqa: E402
+from scripts.tables import (  # noqa: E402
+    BESIDE_TEACHER,
+    BOTH,
+    INPUTS,
+    NAMES,
+    RESULTS,
+    TITLES,
+    Point,
+    gather,
+    write_results,
+    write_text,
+)
 
 DEMO = Path(os.path.relpath(HERE / "demo"))
 BENCHMARKS = ["esnli", "anli1", "cqa", "svamp"]
@@ -346,15 +363,10 @@ def side_by_side(runs: list[Run], places: list[list[str]], logs: Path) -> dict[P
 # ---- Results -------------------------------------------------------------------------------------
 
 
-@functools.cache
-def n_parameters(size: str, weights: str) -> int:
+def n_parameters(student: Path) -> int:
     """Counts the student's parameters: what is deployed."""
-    if weights == "random":
-        config = train.untrained_config(size, Tokenizer(train.DEMO_VOCABULARY))
-    else:
-        config = t5.read_config(Path(weights))
     with torch.device("meta"), t5.Uninitialised():
-        return sum(p.numel() for p in t5.T5(config).parameters())
+        return sum(p.numel() for p in t5.T5(t5.read_config(student)).parameters())
 
 
 @functools.cache
@@ -388,7 +400,7 @@ def row_of(run: Run) -> dict:
     if c.augment:
         examples += round(c.augment_fraction * n_examples(c.augment, c.data_root))
     return {
-        **asdict(p), "seed": run.seed, "parameters": n_parameters(c.size, c.weights),
+        **asdict(p), "seed": run.seed, "parameters": n_parameters(run.out / "best"),
         "examples": max(1, examples), "steps": c.steps, "weights": c.weights,
         "valid_accuracy": got["valid_accuracy"], "test_accuracy": got["test_accuracy"],
         "accuracy": run.accuracy(),
@@ -449,7 +461,7 @@ def scales(args: argparse.Namespace) -> list[Scale]:
     for flag, names in (("size", BY_SIZE), ("rationales", ("table1", "demo"))):
         if len(set(map(str, getattr(args, flag) or ()))) > 1 and args.name not in names:
             raise UserError(f"--{flag} several times: {args.name} is for one; several are for "
-                            + ", ".join(names))
+                            + ", ".join(names))  # fmt: skip
     if args.name == "demo" and args.dataset:
         raise UserError("demo is all of it on the bundled task; for another data set give a figure "
                         "or table, such as `table2 --dataset svamp`")  # fmt: skip
@@ -459,9 +471,7 @@ def scales(args: argparse.Namespace) -> list[Scale]:
         known = [*(SHAPES if data == "demo" else ()), *train.RECIPES]  # smallest first
         for size in args.size or ():
             train.one_of("size", size, known)
-        sizes = tuple(sorted(set(args.size), key=known.index)) if args.size else SIZES.get(
-            data, PAPER_SIZES
-        )
+        sizes = sorted(set(args.size or SIZES.get(data, PAPER_SIZES)), key=known.index)
         base = sizes[-1] if data == "demo" else sizes[0]
         own = PAPER_TEACHERS if data in TASKS else ("own",)
         asked = [" ".join(r for r in words if r != ASDIV) for words in args.rationales or ()]
@@ -471,7 +481,7 @@ def scales(args: argparse.Namespace) -> list[Scale]:
                             "files")  # fmt: skip
         fractions = (0.5, 1.0) if args.quick else FRACTIONS.get(data, OTHERS)
         pools = POOLS.get(data, ())[-1 if args.quick else None :]
-        made.append(Scale(data, sizes, base, teachers, fractions, pools))
+        made.append(Scale(data, tuple(sizes), base, teachers, fractions, pools))
     return made
 
 

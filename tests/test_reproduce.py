@@ -136,6 +136,7 @@ def test_asdiv_is_joined_where_it_is_asked_for(here):
 
 def test_the_difference_is_paired_by_seed_and_of_the_same_fraction():
     """Standard at 12.5 % is missing, as after a failed run: no other entry takes its place."""
+
     def rows(method, fraction, scores):
         point = dataclasses.asdict(reproduce.Point("d", "tiny", method, fraction=fraction))
         return [{**point, "seed": seed, "accuracy": x} for seed, x in scores.items()]
