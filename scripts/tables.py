@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -179,34 +179,21 @@ def table(name: str, all_of: list[Entry]) -> str:
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def examples(e: Entry) -> float:
-    return float(e.rows[0]["examples"])
-
-
-def parameters(e: Entry) -> float:
-    return float(e.rows[0]["parameters"])
-
-
-def name_of(e: Entry) -> str:
-    return f"{e.point.method}\n{source(e.point)}"
-
-
 @dataclass(frozen=True)
 class Plot:
     """How a figure's entries are drawn; accuracy is always the other axis."""
 
-    x: Callable[[Entry], float | str]
+    column: str = ""  # of results.csv; "" for the entries' names
     label: str = ""
     scale: str = "linear"
-    style: str = "o-"
     by_size: bool = False  # each size has a line of its own
 
 
 PLOTS = {
-    **dict.fromkeys(["figure4", "figure5"], Plot(examples, "training examples")),
-    **dict.fromkeys(["figure6", "figure7"], Plot(parameters, "student's parameters", "log")),
-    **dict.fromkeys(["figure8", "figure9"], Plot(examples, "training examples", by_size=True)),
-    **dict.fromkeys(["table1", "table2", "noise"], Plot(name_of, style="o")),
+    **dict.fromkeys(["figure4", "figure5"], Plot("examples", "training examples")),
+    **dict.fromkeys(["figure6", "figure7"], Plot("parameters", "student's parameters", "log")),
+    **dict.fromkeys(["figure8", "figure9"], Plot("examples", "training examples", by_size=True)),
+    **dict.fromkeys(["table1", "table2", "noise"], Plot()),
 }
 COLOURS = {"standard": "tab:blue", "step-by-step": "tab:orange", "few-shot-cot": "tab:green",
            "rationale-input": "tab:purple", "single-task": "tab:gray"}  # fmt: skip
@@ -215,28 +202,29 @@ COLOURS = {"standard": "tab:blue", "step-by-step": "tab:orange", "few-shot-cot":
 def draw(axes, name: str, all_of: list[Entry], title: str) -> None:
     """Draws one panel: a line a method, with standard errors, and few-shot CoT across."""
     plot, lines = PLOTS[name], defaultdict(list)
+    sizes = list(dict.fromkeys(e.point.size for e in all_of))
     for e in all_of:
         pooled = ", with unlabelled" * (e.point.pool > 0 and not plot.by_size)
         lines[e.point.method + f", {e.point.size}" * plot.by_size + pooled].append(e)
-    for number, (label, found) in enumerate(lines.items()):
+    for label, found in lines.items():
         style = dict(color=COLOURS[found[0].point.method], label=label)
         if not found[0].trained:
             axes.axhline(found[0].mean, linestyle="--", linewidth=1, **style)
             continue
-        if plot.label:
-            found.sort(key=plot.x)
-        x, y = [plot.x(e) for e in found], [e.mean for e in found]
-        error = [e.error or 0 for e in found]
-        marker = "os^Dv<>p"[number // 2 % 8] if plot.by_size else plot.style[0]
-        axes.errorbar(x, y, error, fmt=marker + plot.style[1:], capsize=3, markersize=4, **style)
+        if plot.column:
+            found.sort(key=lambda e: float(e.rows[0][plot.column]))
+            x = [float(e.rows[0][plot.column]) for e in found]
+        else:
+            x = [f"{e.point.method}\n{source(e.point)}" for e in found]
+        fmt = "os^Dv<"[sizes.index(found[0].point.size)] + "-" * bool(plot.column)
+        axes.errorbar(x, [e.mean for e in found], [e.error or 0 for e in found], fmt=fmt,
+                      capsize=3, markersize=4, **style)  # fmt: skip
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(plot.label, fontsize=8)
     axes.set_ylabel("test accuracy", fontsize=8)
-    if plot.label:
+    if plot.column:
         axes.set_xscale(plot.scale)
-    else:
-        axes.margins(x=0.3)
-    axes.tick_params(labelsize=7 if plot.label else 6)
+    axes.tick_params(labelsize=6)
     axes.legend(fontsize=6)
 
 
@@ -339,13 +327,11 @@ def write_results(
     tables = [f"## {title}\n\n{table(part, chosen)}\n" for part, chosen, title in panels]
     write_text(folder / "table.md", "\n".join(tables))
     drawn = figure(folder / "figure.png", panels)
-    write_text(folder / "report.md", report(name, panels, tables, rows, not_run, drawn))
+    write_text(folder / "report.md", report(name, tables, rows, not_run, drawn))
     return folder
 
 
-def report(
-    name: str, panels: list, tables: list[str], rows: list[dict], not_run: list[str], drawn: bool
-) -> str:
+def report(name: str, tables: list[str], rows: list[dict], not_run: list[str], drawn: bool) -> str:
     """Writes the page of a figure or table: what was run, the numbers, what was not run."""
     again = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
     page = [
@@ -360,14 +346,10 @@ def report(
         "",
         *provenance(rows), "",
     ]  # fmt: skip
-    for (_, chosen, _), told in zip(panels, tables):
-        page.append(told)
-        for row in (e.rows[0] for e in chosen):
-            if int(row.get("unanswered") or 0):
-                page += [f"{row['unanswered']} of the teacher's {row['n_test']} answers are "
-                         "missing or cannot be read, and count as wrong.", ""]  # fmt: skip
     notes = not_run or ["nothing that this command asks for"]
-    return "\n".join([*page, "## What was not run", "", *(f"- {line}" for line in notes), ""])
+    return "\n".join(
+        [*page, *tables, "## What was not run", "", *(f"- {line}" for line in notes), ""]
+    )
 
 
 def gather() -> int:
