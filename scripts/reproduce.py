@@ -258,6 +258,8 @@ class Runs:
             try:
                 run.config = configure(point, seed, self.given)
                 run.out = Path(train.run_name(run.config))
+                if any(r.out == run.out and r.config != run.config for r in self.found.values()):
+                    raise UserError(f"two runs would be {run.out}; rename a data set or file")
                 self.check(run)
             except UserError as error:
                 self.problems |= dict.fromkeys(str(error).split("; and "))
@@ -305,12 +307,13 @@ def start(run: Run, devices: list[str], threads: int, log: Path) -> str:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     log.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with open(log, "w") as file:
+        with open(log, "a") as file:  # a run whose grid was killed may write to it still
+            before = file.tell()
             done = subprocess.run(words, env=env, stdin=subprocess.DEVNULL, stdout=file,
                                   stderr=subprocess.STDOUT)  # fmt: skip
         if done.returncode == 0:
             return ""
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error:")]
         if not any("in use by another process" in line for line in errors):
             why = (errors or lines or ["no output"])[-1]
@@ -375,20 +378,6 @@ def n_examples(dataset: str, root: str) -> int:
     return len(load_dataset(dataset, "train", root))
 
 
-def few_shot(dataset: str, root: str, rationales: str) -> tuple[float, int, int] | None:
-    """Gives the teacher's own accuracy on test (few-shot CoT), the number of examples, and of
-    those without an answer that can be read, which are wrong; None where none has one."""
-    if not has_split(dataset, "test", root):
-        return None
-    test = load_dataset(dataset, "test", root, joined(rationales, dataset))
-    scored = [e for e in test if e.label is not None]
-    if not scored or not any(e.teacher_label for e in scored):
-        return None
-    given = [(e.teacher_label, e.label) for e in scored]
-    right = sum(bool(answer) and is_correct(dataset, answer, label) for answer, label in given)
-    return right / len(scored), len(scored), sum(not answer for answer, _ in given)
-
-
 def row_of(run: Run) -> dict:
     """Gives a line of results.csv."""
     c, got, p = run.config, run.result(), run.point
@@ -412,13 +401,19 @@ def row_of(run: Run) -> dict:
     }  # fmt: skip
 
 
-def teacher_row(s: Scale, root: str) -> dict | None:
-    """Gives the line of few-shot CoT, which is asked and not trained."""
-    got = few_shot(s.dataset, root, s.teachers[0])
-    return got and {
-        **asdict(Point(s.dataset, "teacher", "few-shot-cot", "none", s.teachers[0])),
-        "examples": 0, "accuracy": got[0], "n_test": got[1],
-        "unanswered": got[2], "scored_on": "test, human labels",
+def teacher_row(dataset: str, root: str, rationales: str) -> dict | None:
+    """Gives the line of few-shot CoT: the teacher's own accuracy on test, where an answer that
+    cannot be read is wrong; None where it has no answers."""
+    if not has_split(dataset, "test", root):
+        return None
+    test = load_dataset(dataset, "test", root, joined(rationales, dataset))
+    given = [(e.teacher_label, e.label) for e in test if e.label is not None]
+    if not any(answer for answer, _ in given):
+        return None
+    right = sum(bool(answer) and is_correct(dataset, answer, label) for answer, label in given)
+    return asdict(Point(dataset, "teacher", "few-shot-cot", "none", rationales)) | {
+        "examples": 0, "accuracy": right / len(given), "n_test": len(given),
+        "unanswered": sum(not answer for answer, _ in given), "scored_on": "test, human labels",
     }  # fmt: skip
 
 
@@ -524,7 +519,7 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
     for s in where if args.name in BY_SIZE else ():
         try:
             root = given.get("data_root", train.Config.data_root)
-            teachers[s.dataset] = teacher_row(s, root)
+            teachers[s.dataset] = teacher_row(s.dataset, root, s.teachers[0])
         except UserError as error:
             runs.problems |= {str(error): None}
 
