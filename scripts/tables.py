@@ -1,7 +1,7 @@
-"""What a grid of runs says: rows of `results.csv` in; `table.md`, `figure.png`, `report.md` out.
+"""What a grid of runs gives: rows of `results.csv` in; `table.md`, `figure.png`, `report.md` out.
 
-This file owns the paper's printed numbers, tables, sentences and plots. It knows nothing of how
-runs are found or started: `reproduce.py` hands it rows.
+This file owns the paper's printed numbers, the tables and the plots. It knows nothing of how runs
+are found or started: `reproduce.py` hands it rows.
 """
 
 import contextlib
@@ -26,25 +26,12 @@ BOTH = ("standard", "step-by-step")
 BESIDE_TEACHER = ("figure6", "figure7", "figure8", "figure9")  # students and few-shot CoT
 NAMES = ["figure4", "figure5", *BESIDE_TEACHER, "table1", "table2", "noise"]
 
-# What the paper prints: Tables 1 and 2, T5 of 220M, human labels; and Section 4's sentences.
+# What the paper prints: Tables 1 and 2, T5 of 220M, human labels.
 PRINTED = {
     "esnli": {"standard": 88.38, "single-task": 88.88, "palm": 89.51, "neox": 89.12},
     "anli1": {"standard": 43.58, "single-task": 43.50, "palm": 49.58, "neox": 48.15},
     "cqa": {"standard": 62.19, "single-task": 61.37, "palm": 63.29, "neox": 63.25},
     "svamp": {"standard": 62.63, "single-task": 63.00, "palm": 65.50, "neox": 63.00},
-}
-CLAIMS = {
-    "figure4": "12.5 % of e-SNLI suffice to pass standard fine-tuning on all of it; on ANLI, CQA "
-    "and SVAMP 75, 25 and 20 % fewer examples do.",
-    "figure5": "12.5 % of the unlabelled e-SNLI examples suffice to pass task distillation on all.",
-    "figure6": "Few-shot CoT of PaLM 540B is passed at 220M on e-SNLI, 770M on ANLI and SVAMP, 11B "
-    "on CQA, also where PaLM has PINTO tuning.",
-    "figure7": "Few-shot CoT is passed at 11B or below on three of four, on SVAMP reached with "
-    "ASDiv.",
-    "figure8": "Few-shot CoT is passed with 0.1 % of e-SNLI at 220M and 80 % of ANLI at 770M.",
-    "figure9": "Few-shot CoT is passed on ANLI with 50 % of the unlabelled examples at 11B.",
-    "table1": "A teacher of 20B lifts the student too, less than one of 540B.",
-    "table2": "One task instead of two lifts less, and at times lowers.",
 }
 TITLES = {
     "figure4": "human labels, fewer examples", "figure5": "teacher's labels, fewer examples",
@@ -76,12 +63,12 @@ class Point:
         return ", ".join(said + [f"pool {100 * self.pool:g} %"] * (self.pool > 0))
 
 
-# ---------------------------------------------------------------------------- tables and sentences
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Entry:
-    """A point with what its seeds gave, in their order."""
+    """A point with the accuracies of its seeds."""
 
     point: Point
     scores: dict[str, float]  # by seed
@@ -93,24 +80,22 @@ class Entry:
 
     @property
     def error(self) -> float | None:
-        """The mean's standard error; None for a single seed."""
-        n = len(self.scores)
-        return stdev(self.scores.values()) / n**0.5 if n > 1 else None
+        """The standard error of the mean; None for a single seed."""
+        return standard_error([*self.scores.values()])
 
     @property
-    def parameters(self) -> float:
-        return float(self.rows[0]["parameters"])
+    def trained(self) -> bool:
+        """A student is trained; few-shot CoT is not."""
+        return bool(self.rows[0].get("run"))
 
-    def __sub__(self, other: "Entry") -> str:
-        """The difference of the means, with its standard error, paired by seed."""
-        pairs = [self.scores[s] - other.scores[s] for s in self.scores if s in other.scores]
-        if len(pairs) < 2:
-            return f"{self.mean - other.mean:+.3f}"
-        return f"{mean(pairs):+.3f} (standard error {stdev(pairs) / len(pairs) ** 0.5:.3f})"
+
+def standard_error(values: list[float]) -> float | None:
+    """The standard error of the values' mean; None for fewer than two."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def entries(rows: Iterable[dict]) -> list[Entry]:
-    """Rows, as csv gives them, by point."""
+    """Groups rows, as csv gives them, by point."""
     kinds = {f: type(v) for f, v in asdict(Point("", "", "")).items()}
     read = {str: str, bool: lambda v: str(v) == "True", float: float}
     points = defaultdict(list)
@@ -122,14 +107,25 @@ def entries(rows: Iterable[dict]) -> list[Entry]:
     ]
 
 
-def find(all_of: list[Entry], **wanted) -> list[Entry]:
-    """Those whose points have these fields."""
-    return [e for e in all_of if all(getattr(e.point, k) == v for k, v in wanted.items())]
+def gain(e: Entry, all_of: list[Entry]) -> str:
+    """Gives the accuracy minus that of standard fine-tuning with the same data and size: the mean
+    of the differences over the seeds that both have, and its standard error."""
+    same = ("dataset", "size", "labels", "fraction", "pool")
+    for other in all_of:
+        if e.point.method == "standard" or other.point.method != "standard":
+            continue
+        if any(getattr(e.point, name) != getattr(other.point, name) for name in same):
+            continue
+        pairs = [score - other.scores[s] for s, score in e.scores.items() if s in other.scores]
+        if pairs:
+            error = standard_error(pairs)
+            return f"{mean(pairs):+.3f}" + ("" if error is None else f" ({error:.3f})")
+    return ""
 
 
 def printed(name: str, p: Point) -> str:
-    """The paper's number for a point of Tables 1 and 2, which is of T5 base (220M); Table 2's are
-    with PaLM's rationales."""
+    """Gives the paper's number for a point of Tables 1 and 2, which are of T5 base (220M); Table
+    2's numbers are with PaLM's rationales."""
     if name not in ("table1", "table2") or p.dataset not in PRINTED:
         return ""
     if name == "table2" and p.rationales not in ("", "palm"):
@@ -140,7 +136,7 @@ def printed(name: str, p: Point) -> str:
 
 
 def source(p: Point) -> str:
-    """Whose rationales a point uses, in words."""
+    """Says whose rationales a point uses."""
     named = {"": "none", "own": "the data's own"}
     whose = named.get(p.rationales) or ", ".join(Path(r).stem for r in p.rationales.split())
     if p.pool and p.dataset != "demo":
@@ -148,176 +144,92 @@ def source(p: Point) -> str:
     return whose + ", of another example" * p.shuffled
 
 
+def cells(name: str, e: Entry, all_of: list[Entry]) -> dict[str, str]:
+    """Gives an entry's line of the table, by column."""
+    p, first = e.point, e.rows[0]
+    line = {"data set": p.dataset, "size": p.size, "parameters": "", "method": p.method,
+            "labels": p.labels, "rationales": source(p), "examples": "none", "steps": "",
+            "seeds": "", "accuracy": f"{e.mean:.3f}",
+            "standard error": "" if e.error is None else f"{e.error:.3f}",
+            "minus standard (standard error)": gain(e, all_of), "scored on": first["scored_on"],
+            "training tokens": "", "the paper's (T5 220M)": printed(name, p)}  # fmt: skip
+    if e.trained:
+        teacher_too = " and the teacher" * (p.method == "rationale-input")
+        more = f", with {100 * p.pool:g} % of the unlabelled" if p.pool else ""
+        line |= {
+            "parameters": f"{int(first['parameters']):,}{teacher_too}",
+            "examples": f"{100 * p.fraction:g} % ({int(first['examples']):,}){more}",
+            "steps": str(first["steps"]), "seeds": str(len(e.rows)),
+            "training tokens": f"{mean(float(r['tokens']) for r in e.rows):,.0f}",
+        }  # fmt: skip
+    return line
+
+
 def table(name: str, all_of: list[Entry]) -> str:
-    """All entries; a column that would say the same on each line is left out."""
-    heads = ["data set", "size", "parameters", "method", "labels", "rationales", "examples",
-             "steps", "seeds", "accuracy", "standard error", "scored on", "training tokens",
-             "the paper's (T5 220M)"]  # fmt: skip
-    lines = []
-    for e in all_of:
-        p, first = e.point, e.rows[0]
-        share = f"{100 * p.fraction:g} % ({int(first['examples']):,})"
-        if p.pool:
-            share += f", with {100 * p.pool:g} % of the unlabelled"
-        trained = bool(first.get("run"))
-        tokens = [float(r["tokens"]) for r in e.rows] if trained else []
-        lines.append([
-            p.dataset, p.size, (f"{e.parameters:.3g}" if e.parameters >= 1e9
-            else f"{int(e.parameters):,}") + " and the teacher" * (p.method == "rationale-input"),
-            p.method, p.labels, source(p), share if trained else "none",
-            str(first.get("steps", "")), str(len(e.rows)) if trained else "", f"{e.mean:.3f}",
-            "" if e.error is None else f"{e.error:.3f}", first["scored_on"],
-            f"{mean(tokens):,.0f}" if tokens else "",
-            printed(name, p),
-        ])  # fmt: skip
-    several = any(len(e.scores) > 1 for e in all_of)
-    always = ("accuracy", "standard error") if several else ("accuracy",)
-    shown = [i for i, head in enumerate(heads) if head in always
-             or len({line[i] for line in lines}) > 1]  # fmt: skip
-    same = [f"{heads[i]} {lines[0][i]}" for i in range(len(heads))
-            if i not in shown and lines[0][i]]  # fmt: skip
-    text = [" | ".join(cells[i] for i in shown) for cells in [heads, ["---"] * len(heads), *lines]]
-    common = f"\n\nAll: {', '.join(same)}." if same else ""
-    return "\n".join(f"| {line} |" for line in text) + common
+    """Writes all entries; a column that says the same on each line is told once, below."""
+    lines = [cells(name, e, all_of) for e in all_of]
+    shown = [head for head in lines[0]
+             if head == "accuracy" or len({line[head] for line in lines}) > 1]  # fmt: skip
+    rows = [shown, ["---"] * len(shown), *([line[head] for head in shown] for line in lines)]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    same = [f"{head} {value}" for head, value in lines[0].items() if value and head not in shown]
+    return text + (f"\n\nAll: {', '.join(same)}." if same else "")
 
 
-def words(name: str, all_of: list[Entry]) -> list[str]:
-    """What the numbers of one data set say, in plain sentences."""
-    said = []
-    plain = next(iter(find(all_of, method="standard", fraction=1.0, pool=0.0)), None)
-    if name in ("figure4", "figure5"):
-        ours = find(all_of, method="step-by-step")
-        for b in ours:
-            for a in find(all_of, method="standard", fraction=b.point.fraction):
-                said.append(f"with {100 * b.point.fraction:g} % of the examples, step-by-step less "
-                            f"standard: {b - a}")  # fmt: skip
-        passing = [e for e in ours if plain and e.mean > plain.mean]
-        if passing:
-            least = min(passing, key=lambda e: e.point.fraction)
-            said.append(f"the least part with which the mean of step-by-step is above that of "
-                        f"standard on all data ({plain.mean:.3f}) is {100 * least.point.fraction:g}"
-                        f" % of the examples, by {least - plain}")  # fmt: skip
-        elif plain:
-            said.append(f"at no fraction is the mean of step-by-step above that of standard on all "
-                        f"data ({plain.mean:.3f})")  # fmt: skip
-    if name in ("figure6", "figure7"):
-        for b in find(all_of, method="step-by-step"):
-            size, pool = b.point.size, b.point.pool
-            for a in find(all_of, method="standard", size=size, pool=pool):
-                said.append(f"at {size}{', with the unlabelled examples' * (pool > 0)}, "
-                            f"step-by-step less standard: {b - a}")  # fmt: skip
-    if name in BESIDE_TEACHER:
-        said += beside_teacher(all_of, "human" if name in ("figure6", "figure8") else "teacher")
-    if name in ("table1", "table2", "noise"):
-        for e in all_of:
-            if plain and e is not plain:
-                said.append(f"{e.point.method}, rationales {source(e.point)}, less standard: "
-                            f"{e - plain}")  # fmt: skip
-    if name == "noise" and len(all_of) == 3:
-        _, wrong, right = all_of
-        said.append(f"right rationales less another example's: {right - wrong}")
-        tokens = [mean(float(r["tokens"]) for r in e.rows) for e in (plain, right)]
-        said.append(f"training with rationales reads and writes {tokens[1] / tokens[0]:.1f} times "
-                    "the tokens of labels alone")  # fmt: skip
-    return said
+# ---- Figures -------------------------------------------------------------------------------------
 
 
-def beside_teacher(all_of: list[Entry], labels: str) -> list[str]:
-    """Which students pass the teacher's few-shot CoT, and PINTO tuning."""
-    few = find(all_of, method="few-shot-cot")
-    if not few:
-        return ["the teacher's answers to the test split are not there, so no few-shot CoT"]
-    said, bar = [], f"the teacher's few-shot CoT ({few[0].mean:.3f})"
-    for method in BOTH:
-        passing = [e for e in find(all_of, method=method, labels=labels) if e.mean > few[0].mean]
-        if not passing:
-            said.append(f"no {method} student's mean is above {bar}")
-            continue
-        least = min(passing, key=lambda e: (e.parameters, e.point.fraction, e.point.pool))
-        p, error = least.point, least.error
-        more = f" and {100 * p.pool:g} % of the unlabelled" if p.pool else ""
-        said.append(f"the smallest {method} student, on the least data, whose mean is above {bar} "
-                    f"is {p.size} with {100 * p.fraction:g} % of the examples{more}: "
-                    f"{least.mean:.3f}"
-                    + ("" if error is None else f" (standard error {error:.3f})"))  # fmt: skip
-    for pinto in find(all_of, method="rationale-input"):
-        ours = find(all_of, method="step-by-step")
-        passing = [e.point.size for e in ours if e.mean > pinto.mean] or ["no size"]
-        said.append(f"PINTO tuning, for which the teacher is deployed too, reaches "
-                    f"{pinto.mean:.3f}; step-by-step is above it at {passing[0]}")  # fmt: skip
-    if unanswered := int(few[0].rows[0]["unanswered"]):
-        said.append(f"{unanswered} of the teacher's {few[0].rows[0]['n_test']} answers are "
-                    "missing or cannot be read, and count as wrong")  # fmt: skip
-    return said
+@dataclass(frozen=True)
+class Plot:
+    """How a figure's entries are drawn; accuracy is always the other axis."""
+
+    column: str = ""  # of results.csv; "" for the entries' names
+    label: str = ""
+    scale: str = "linear"
+    by_size: bool = False  # each size has a line of its own
 
 
-# ----------------------------------------------------------------------------------------- figures
+PLOTS = {
+    **dict.fromkeys(["figure4", "figure5"], Plot("examples", "training examples")),
+    **dict.fromkeys(["figure6", "figure7"], Plot("parameters", "student's parameters", "log")),
+    **dict.fromkeys(["figure8", "figure9"], Plot("examples", "training examples", by_size=True)),
+    **dict.fromkeys(["table1", "table2", "noise"], Plot()),
+}
+COLOURS = {"standard": "tab:blue", "step-by-step": "tab:orange", "few-shot-cot": "tab:green",
+           "rationale-input": "tab:purple", "single-task": "tab:gray"}  # fmt: skip
 
 
 def draw(axes, name: str, all_of: list[Entry], title: str) -> None:
-    """One panel: accuracy against examples, deployed size, fraction, or a bar for each entry."""
-    axes.set_title(title, fontsize=9)
-    axes.set_ylabel("test accuracy", fontsize=8)
-    axes.tick_params(labelsize=7)
-    colours = {"standard": "tab:blue", "step-by-step": "tab:orange", "few-shot-cot": "tab:green",
-               "rationale-input": "tab:purple", "single-task": "tab:gray"}  # fmt: skip
-    few = find(all_of, method="few-shot-cot")
-    if name in ("table1", "table2", "noise"):
-        for i, e in enumerate(all_of):
-            label = e.point.method + "\nshuffled" * e.point.shuffled
-            if e.point.rationales and name == "table1":
-                label += f"\n{Path(e.point.rationales).stem}"
-            axes.bar(i, e.mean, yerr=e.error or 0, capsize=3, color=colours[e.point.method])
-            axes.text(i, 0.02, label, ha="center", va="bottom", fontsize=7, color="white",
-                      transform=axes.get_xaxis_transform())  # fmt: skip
-        axes.set_xticks([])
-        return
-    by_size, search = name in ("figure6", "figure7"), name in ("figure8", "figure9")
-    pooled = search and any(e.point.pool for e in all_of)
-    for method in BOTH:
-        found = [e for e in find(all_of, method=method) if not (by_size and e.point.pool)]
-        if by_size:
-            found.sort(key=lambda e: e.parameters)
-            x = [e.parameters for e in found]
-            more = [e for e in find(all_of, method=method) if e.point.pool]
-            axes.errorbar([e.parameters for e in more], [e.mean for e in more],
-                          [e.error or 0 for e in more], fmt="^", color=colours[method], capsize=3,
-                          label=f"{method}, and unlabelled" if more else None)  # fmt: skip
+    """Draws one panel: a line a method, with standard errors, and few-shot CoT across."""
+    plot, lines = PLOTS[name], defaultdict(list)
+    sizes = list(dict.fromkeys(e.point.size for e in all_of))
+    for e in all_of:
+        pooled = ", with unlabelled" * (e.point.pool > 0 and not plot.by_size)
+        lines[e.point.method + f", {e.point.size}" * plot.by_size + pooled].append(e)
+    for label, found in lines.items():
+        style = dict(color=COLOURS[found[0].point.method], label=label)
+        if not found[0].trained:
+            axes.axhline(found[0].mean, linestyle="--", linewidth=1, **style)
+            continue
+        if plot.column:
+            found.sort(key=lambda e: float(e.rows[0][plot.column]))
+            x = [float(e.rows[0][plot.column]) for e in found]
         else:
-            found.sort(key=lambda e: (e.point.size, e.point.fraction, e.point.pool))
-            share = lambda e: e.point.pool if pooled else e.point.fraction  # noqa: E731
-            x = [100 * share(e) if search else float(e.rows[0]["examples"]) for e in found]
-        style = dict(color=colours[method], label=method, capsize=3, markersize=4)
-        y, error = [e.mean for e in found], [e.error or 0 for e in found]
-        axes.errorbar(x, y, error, fmt="o" if search else "o-", **style)
-        if search:
-            sizes = sorted({e.parameters for e in found})
-            area = [30 * (1 + sizes.index(e.parameters)) ** 2 for e in found]
-            axes.scatter(x, y, area, color=colours[method], alpha=0.25)
-    if name in ("figure4", "figure5"):
-        for e in find(all_of, method="standard", fraction=1.0):
-            axes.axhline(e.mean, color=colours["standard"], linestyle=":", linewidth=1)
-        axes.set_xlabel("training examples", fontsize=8)
-    elif by_size:
-        for e in few:
-            axes.plot(e.parameters, e.mean, "*", color=colours["few-shot-cot"], markersize=10)
-            for pinto in find(all_of, method="rationale-input"):  # the teacher is deployed with it
-                axes.errorbar(e.parameters, pinto.mean, pinto.error or 0, fmt="s", capsize=3,
-                              color=colours["rationale-input"], label="PINTO tuning")  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xlabel("deployed parameters", fontsize=8)
-    else:
-        axes.set_xlabel(f"% of the {'unlabelled' if pooled else 'training'} examples; area: size",
-                        fontsize=8)  # fmt: skip
-        axes.set_xlim(-5, 105)
-    for e in few:
-        axes.axhline(e.mean, color=colours["few-shot-cot"], linestyle="--", linewidth=1,
-                     label="few-shot CoT")  # fmt: skip
+            x = [f"{e.point.method}\n{source(e.point)}" for e in found]
+        fmt = "os^Dv<"[sizes.index(found[0].point.size)] + "-" * bool(plot.column)
+        axes.errorbar(x, [e.mean for e in found], [e.error or 0 for e in found], fmt=fmt,
+                      capsize=3, markersize=4, **style)  # fmt: skip
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(plot.label, fontsize=8)
+    axes.set_ylabel("test accuracy", fontsize=8)
+    if plot.column:
+        axes.set_xscale(plot.scale)
+    axes.tick_params(labelsize=6)
     axes.legend(fontsize=6)
 
 
 def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
-    """Writes the panels, three a row; False where matplotlib is not installed."""
+    """Draws the panels, three a row; False where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -338,11 +250,11 @@ def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------- files
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
-    """Beside, and renamed; a file that is like this already, and may be in use, is left alone."""
+    """Writes a file at once; leaves one that already has this text, since a run may read it."""
     if path.exists() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -352,7 +264,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Its rows, all values as texts; none where there is no file."""
+    """Reads the rows, all values as texts; none where there is no file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -360,7 +272,7 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """A row a dict, with a column for each key that any of them has."""
+    """Writes a line a row, with a column for each key that any row has."""
     text = io.StringIO()
     heads = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, heads, lineterminator="\n")
@@ -370,44 +282,29 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def provenance(rows: list[dict]) -> list[str]:
-    """Versions, seeds, and what was read, of trained rows."""
+    """Lists versions, seeds, and what was read, of trained rows."""
     trained = [row for row in rows if row.get("run")]
+    several = lambda key: ", ".join(sorted({str(row[key]) for row in trained}))  # noqa: E731
     files: dict[str, str] = {}
     for row in trained:
         with contextlib.suppress(OSError, ValueError):
             files |= json.loads(Path(row["run"], "run.json").read_text())["data_sha256"]
-    several = lambda key: ", ".join(sorted({str(row[key]) for row in trained}))  # noqa: E731
-    weights = sorted({without_seed(row["weights"]) for row in trained})
-    drawn = any((row["dataset"], row["size"]) == ("demo", "teacher") for row in rows)
-    untrained = any(w == "random" or Path(w).is_relative_to(INPUTS) for w in weights)
+    weights = sorted({re.sub(r"-seed-\d+$", "", row["weights"]) for row in trained})
+    data = [f"{path} {str(digest)[:12]}" for path, digest in sorted(files.items())]
     return [
         f"- {len(trained)} runs, seeds {several('seed')}; torch {several('torch')}; commit "
         f"{several('git_sha')}; {sum(float(row['seconds']) for row in trained) / 3600:.2f} hours "
         "of runs in all, pauses included",
-        f"- started from: {', '.join(weights)}"
-        + " (random and `results/inputs/*`: untrained)" * untrained,
-        "- sha256 of the data, first 12 digits: "
-        + ", ".join(f"{near(path)} {str(digest)[:12]}" for path, digest in sorted(files.items())),
-        *["- the bundled task's teacher is a script without parameters; its place on the axis of "
-          "sizes is only drawn"] * drawn,
-    ]  # fmt: skip
-
-
-def near(path: str) -> str:
-    """From here, where it lies below."""
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
-
-
-def without_seed(weights: str) -> str:
-    """Untrained weights in `results/inputs` are named after their size and seed."""
-    return re.sub(r"-seed-\d+$", "", weights)
+        f"- started from: {', '.join(weights)} (random and `results/inputs/*` are untrained)",
+        f"- sha256 of the data, first 12 digits: {', '.join(data)}",
+    ]
 
 
 def write_results(
     name: str, grids: dict[tuple[str, str], list[Point]], rows: list[dict], not_run: list[str]
 ) -> Path:
-    """results.csv, table.md, figure.png and report.md. Rows that an earlier command left for other
-    data sets are kept, and told with these. Nothing is written where nothing finished."""
+    """Writes results.csv, table.md, figure.png and report.md. Rows that an earlier command left for
+    other data sets stay, and are shown with these. Nothing is written where nothing finished."""
     folder = RESULTS / name
     if not any(row.get("run") for row in rows):
         return folder
@@ -423,41 +320,40 @@ def write_results(
     for (part, data), points in sorted(grids.items(), key=lambda item: NAMES.index(item[0][0])):
         chosen = [found[p] for p in dict.fromkeys(points) if p in found]
         if part in BESIDE_TEACHER:
-            teacher = find([*found.values()], method="few-shot-cot", dataset=data)
-            chosen += [e for e in teacher if e not in chosen]
-        if any(e.rows[0].get("run") for e in chosen):
+            chosen += [e for p, e in found.items() if e not in chosen
+                       and (p.method, p.dataset) == ("few-shot-cot", data)]  # fmt: skip
+        if any(e.trained for e in chosen):
             panels.append((part, chosen, f"{part}, {data}: {TITLES[part]}"))
     tables = [f"## {title}\n\n{table(part, chosen)}\n" for part, chosen, title in panels]
     write_text(folder / "table.md", "\n".join(tables))
     drawn = figure(folder / "figure.png", panels)
-    write_text(folder / "report.md", report(name, panels, tables, rows, not_run, drawn))
+    write_text(folder / "report.md", report(name, tables, rows, not_run, drawn))
     return folder
 
 
-def report(
-    name: str, panels: list, tables: list[str], rows: list[dict], not_run: list[str], drawn: bool
-) -> str:
-    """The page of a figure or table: what was run, what the numbers say, what was not run."""
+def report(name: str, tables: list[str], rows: list[dict], not_run: list[str], drawn: bool) -> str:
+    """Writes the page of a figure or table: what was run, the numbers, what was not run."""
     again = shlex.join(["python", "scripts/reproduce.py", *sys.argv[1:]])
     page = [
         f"# {name}", "", f"`{again}`, {time.strftime('%Y-%m-%d')}", "",
         *(["![accuracies](figure.png)", ""] if drawn else []),
         "Each student is the one of its run that was best on valid, scored once. Means over seeds "
         "with their standard error, which is of seeds alone: n test examples add about "
-        "sqrt(p (1 - p) / n). Differences are paired by seed. Numbers called the paper's are "
-        "copied from it (pretrained T5; PaLM 540B, or GPT-NeoX 20B) and were not measured here.",
+        "sqrt(p (1 - p) / n). Minus standard: the mean over equal seeds of the accuracy minus that "
+        "of standard fine-tuning on the same examples at the same size. Numbers called the "
+        "paper's are copied from it (pretrained T5; PaLM 540B, or GPT-NeoX 20B) and were not "
+        "measured here.",
         "",
         *provenance(rows), "",
     ]  # fmt: skip
-    for (part, chosen, _), told in zip(panels, tables):
-        page += [told, *(f"- {line}." for line in words(part, chosen)), ""]
-        page += [f"The paper: {CLAIMS[part]}", ""] if part in CLAIMS else []
     notes = not_run or ["nothing that this command asks for"]
-    return "\n".join([*page, "## What was not run", "", *(f"- {line}" for line in notes), ""])
+    return "\n".join(
+        [*page, *tables, "## What was not run", "", *(f"- {line}" for line in notes), ""]
+    )
 
 
 def gather() -> int:
-    """All reports on one page, `results/report.md`."""
+    """Writes all reports on one page, `results/report.md`."""
     reports = sorted(RESULTS.glob("*/report.md"))
     if not reports:
         raise UserError(f"no {RESULTS}/*/report.md yet; run a figure or table first")
