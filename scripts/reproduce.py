@@ -395,8 +395,9 @@ def row_of(run: Run) -> dict:
     c, got, p = run.config, run.result(), run.point
     about = json.loads((run.out / "run.json").read_text())
     with open(run.out / "metrics.jsonl") as file:
-        steps = [json.loads(line) for line in file]
-    speeds = [s["tokens_per_second"] / s["examples_per_second"] for s in steps]
+        rows = [json.loads(line) for line in file]
+    steps = [row for row in rows if "loss" in row]  # the others are evaluations
+    speeds = [row["tokens_per_second"] / row["examples_per_second"] for row in steps]
     examples = round(c.fraction * n_examples(c.dataset, c.data_root))
     if c.augment:
         examples += round(c.augment_fraction * n_examples(c.augment, c.data_root))

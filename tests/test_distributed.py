@@ -205,7 +205,7 @@ def test_batches_to_decode_are_cut_by_tokens():
             return str(ids[0])
 
     student.model, student.tokenizer, student.precision = Echo(), Ids(), "fp32"
-    student.device = torch.device("cpu")
+    student.device, student.interrupted = torch.device("cpu"), lambda: 0
     texts = [str(n) for n in (3, 1000, 7, 1024, 2000, *range(1, 70))]
     assert evaluation.generate_texts(student, texts, 4) == texts
     assert all(rows * length <= evaluation.MAX_TOKENS and rows <= 64 for rows, length in seen)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REAL, ROOT, command, environment, read_jsonl, run
+from conftest import REAL, ROOT, command, environment, read_jsonl, read_steps, run
 
 from scripts import reproduce, tables
 
@@ -183,7 +183,7 @@ def test_a_killed_grid_goes_on(table2, here, monkeypatch):
     place, words, _, _, (said, status) = table2
     assert status == 0, said
     assert len(list((place / "runs").iterdir())) == 6  # each run once, in one folder
-    assert all(len(read_jsonl(p)) == 16 for p in place.glob("runs/*/metrics.jsonl"))
+    assert all(len(read_steps(p)) == 16 for p in place.glob("runs/*"))
     monkeypatch.chdir(place)
     _, again, _ = here(*words, "--dry-run")
     assert "6 runs, 6 finished, 0 begun; 0 to run" in again
