@@ -273,7 +273,7 @@ class Runs:
         if read not in self.hashes:
             self.hashes[read] = train.provenance(c)
         try:
-            train.open_run(c, run.out, self.hashes[read], resume=True)
+            train.open_run(c, run.out, self.hashes[read], [], resume=True)
         except UserError as error:
             reason = str(error).replace("give another --out", "move the folder away")
             raise UserError(reason) from None
