@@ -227,6 +227,7 @@ def test_saving_a_state_pins_no_memory(tmp_path, monkeypatch):
 @pytest.mark.skipif(not FAKE_GPU.exists(), reason="needs ../shared/fakegpu")
 def test_on_a_simulated_gpu():
     """No mixed devices, no waiting, no scores in float32; fused attention; few launches."""
+    pytest.importorskip("transformers")
     shape = ["--size", "base", "--layers", "2", "--rows", "2", "--source", "64", "--json"]
     ask = lambda *more: json.loads(run(FAKE_GPU, *shape, *more).stdout)["ours"]  # noqa: E731
     step = ask("--target", "32", "--no-eager", "--fill", "0.8")
