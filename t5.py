@@ -25,25 +25,21 @@ from __future__ import annotations  # fields' types as text
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
-MAX_SHARD_BYTES = 5_000_000_000
-MAX_LEGACY_BYTES = 5_000_000_000
-PART_BYTES, REOPEN_BYTES = 4_000_000, 16_000_000  # read at once; read before it is mapped anew
+MAX_SHARD_BYTES = 2_000_000_000  # of a saved file; a model of several processes is put together so
+MAX_OLD_BIN_BYTES = 5_000_000_000  # a .bin that cannot be memory-mapped is read whole up to here
 
 # The published v1.1 checkpoints, and a tiny one for the bundled task.
 PRESETS: dict[str, dict] = {
@@ -376,12 +372,12 @@ class T5(nn.Module):
         if not self.embedding.weight.is_meta:  # else the weights come later
             self.init_weights(torch.initial_seed())
 
-    def init_weights(self, seed: int, own: Own | None = None) -> None:
+    def init_weights(self, seed: int) -> None:
         """T5's initialisation: unscaled scores and logits start out with a variance of about 1.
 
         Each parameter has a random stream of its own, seeded by (seed, name) and drawn on the CPU,
-        so the weights are the same on any device and at any number of processes; `own` says which
-        rows this process keeps. One whole parameter is in memory at a time.
+        so the weights are the same on any device and at any number of processes. Of a sharded model
+        each process keeps its own part; one whole parameter is in memory at a time.
         https://github.com/huggingface/transformers/blob/v4.28.1/src/transformers/models/t5/modeling_t5.py
         (its untied head, drawn with std 1, starts with logits sqrt(D) too wide; ours has D^-0.5)
         """
@@ -401,8 +397,7 @@ class T5(nn.Module):
                 generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "big"))
                 scale = c.initializer_factor * std.get(layer, c.d_model**-0.5)
                 nn.init.normal_(drawn, std=scale, generator=generator)
-            tensor, first, end = (own or whole)(parameter)
-            tensor.detach().copy_(drawn[first:end])
+            fill(parameter, drawn)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -473,28 +468,32 @@ class T5(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, prepare: Callable[[T5], Own] | None = None
+        cls, folder: str | os.PathLike, prepare: Callable[[T5], object] | None = None
     ) -> T5:
         """A model in `eval()` mode, float32, on the CPU, from a Hugging Face folder: `config.json`
         and `model.safetensors` or `pytorch_model.bin`, each single or sharded with an index.
 
-        `prepare` may turn the model, still without memory, into one that holds a part of each
-        parameter; it says which (`Own`), and only that part is read.
+        The files are memory-mapped and copied one tensor at a time. `prepare` is given the model
+        while its parameters are still on the meta device; it may shard them, and has to give them
+        memory (`to_empty`). Each process then copies only its own part.
 
         Raises ValueError, in one line, for a folder or file that is missing or damaged, an
         unsupported config, a wrong shape, and for tensors that are missing or left over.
         """
         folder = Path(folder)
         config = read_config(folder)
-        readers = open_checkpoint(folder)
-        head, shared = readers.get("lm_head.weight"), readers.get("shared.weight")
+        tensors = open_checkpoint(folder)
+        head, embedding = tensors.get("lm_head.weight"), tensors.get("shared.weight")
         # transformers >= 5 writes tie_word_embeddings = true whatever is true: ask the tensors.
-        if config.tie_word_embeddings and head and shared:
-            config.tie_word_embeddings = same(head, shared)
-        with torch.device("meta"), Uninitialised():
+        if config.tie_word_embeddings and head is not None and embedding is not None:
+            config.tie_word_embeddings = equal(head, embedding)
+        with torch.device("meta"):
             model = cls(config)
-        own = prepare(model) if prepare else model.to_empty(device="cpu") and whole
-        load_weights(model, readers, folder, own)
+        if prepare is None:
+            model.to_empty(device="cpu")
+        else:
+            prepare(model)
+        load_weights(model, tensors, folder)
         return model.eval()
 
     def save_pretrained(
@@ -503,44 +502,40 @@ class T5(nn.Module):
         fetch: Callable[[Tensor], Tensor] = Tensor.detach,
         write: bool = True,
     ) -> None:
-        """Writes `config.json` and `model.safetensors` (above 5 GB shards with an index) in Hugging
+        """Writes `config.json` and `model.safetensors` (above 2 GB shards with an index) in Hugging
         Face's layout. Each file is written beside and renamed; the folder's other files stay.
 
-        One tensor at a time is fetched, in one order everywhere: where `fetch` puts a parameter
-        together from the parts that several processes hold, all of them call this, and one writes.
+        `fetch` gives a parameter's values. Where it puts them together from the parts of several
+        processes, all of them call this method, and `write` is true in one: parameters are fetched
+        in the same order everywhere, and the one that writes holds a file's worth of them.
         """
         folder = Path(folder)
+        parameters = {hf_name(name): p for name, p in self.named_parameters()}
+        shards = split_into_shards(parameters)
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, keys in shards.items():
+            tensors = {}
+            for key in keys:
+                tensor = fetch(parameters[key])
+                if write:
+                    tensors[key] = tensor.detach().float().cpu().contiguous()
+            if write:  # transformers asks for the format
+                save_file(tensors, folder / (name + ".tmp"), metadata={"format": "pt"})
         if not write:
-            for parameter in self.parameters():
-                fetch(parameter)
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {hf_name(name): p for name, p in self.named_parameters()}
-        shards: list[list[str]] = [[]]
-        room = MAX_SHARD_BYTES
-        for name, tensor in tensors.items():
-            if shards[-1] and tensor.nbytes > room:
-                shards.append([])
-                room = MAX_SHARD_BYTES
-            shards[-1].append(name)
-            room -= tensor.nbytes
-        single = len(shards) == 1
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        names = ["model.safetensors"] if single else names
-        for name, shard in zip(names, shards):
-            write_tensors(folder / (name + ".tmp"), {key: tensors[key] for key in shard}, fetch)
-        for name in names:
-            os.replace(folder / (name + ".tmp"), folder / name)
+        for name in shards:
+            put_in_place(folder / (name + ".tmp"), folder / name)
         index = folder / "model.safetensors.index.json"
-        if single:
+        if len(shards) == 1:
             index.unlink(missing_ok=True)
         else:
-            weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-            size = sum(t.nbytes for t in tensors.values())
+            weight_map = {key: name for name, keys in shards.items() for key in keys}
+            size = sum(4 * p.numel() for p in parameters.values())
             write_json(index, {"metadata": {"total_size": size}, "weight_map": weight_map})
         # Last, when nothing needs them any more: the files of an earlier save.
         for old in {folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")}:
-            if old.name not in names:
+            if old.name not in shards:
                 old.unlink(missing_ok=True)
         write_json(folder / "config.json", self.config.to_dict())
 
@@ -612,161 +607,147 @@ def read_config(folder: Path) -> T5Config:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
-class Uninitialised(TorchFunctionMode):
-    """Modules are made without drawing their weights, which will be read; on the meta device torch
-    would import its compiler for it (0.7 s)."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (nn.init.normal_, nn.init.kaiming_uniform_):
-            return (*args, *kwargs.values())[0]
-        return function(*args, **(kwargs or {}))
-
-
-@dataclass
-class Stored:
-    """A tensor in a file: read(first, end) gives these rows, and touches no others."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[int, int], Tensor]
-
-    def parts(self, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
-        """(where they begin, the rows) from first to end, a few at a time."""
-        row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
-        rows = max(1, PART_BYTES // max(1, row_bytes))
-        for i in range(first, end, rows):
-            yield i, self.read(i, min(end, i + rows))
-
-
-class OldFormat(ValueError):
-    """A large file that must be converted first."""
-
-
-# What a process holds of a parameter: a tensor to fill, and which rows it is (first, end).
-Own = Callable[[nn.Parameter], tuple[Tensor, int, int]]
-
-
-def whole(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
-    """All of it."""
-    return parameter, 0, parameter.shape[0]
-
-
-def same(a: Stored, b: Stored) -> bool:
-    """Are two stored tensors equal? Read up to the first difference."""
-    return a.shape == b.shape and all(
-        torch.equal(rows, b.read(i, i + len(rows))) for i, rows in a.parts(0, a.shape[0])
-    )
-
-
-def open_checkpoint(folder: Path) -> dict[str, Stored]:
-    """Hugging Face name -> what is stored, for every tensor in the folder's weight files."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).exists():
-            shards = [single]
-            break
-        index = folder / f"{single}.index.json"
-        if index.exists():
-            try:
-                named = set(json.loads(index.read_text())["weight_map"].values())
-                shards = sorted(Path(name).name for name in named)
-            except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-                raise ValueError(f"{index} is damaged: {error!r}") from None
-            break
-    else:
-        raise ValueError(
-            f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, "
-            "or either with an .index.json and its shards"
-        )
-    readers: dict[str, Stored] = {}
-    for shard in shards:
+def open_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Hugging Face name -> memory-mapped tensor, for all that is in the folder's weight files."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        refuse_large_old_file(path)
         try:
-            readers.update(read_file(folder / shard))
-        except FileNotFoundError:
-            raise ValueError(f"{folder / shard} is missing, though the index names it") from None
-        except OldFormat:
-            raise
+            tensors.update(read_file(path))
         except Exception as error:  # damaged bytes raise a dozen kinds
             reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on: turn the guard off
             raise ValueError(
-                f"{folder / shard} is truncated, damaged or holds more than tensors; "
+                f"{path} is truncated, damaged or holds more than tensors; "
                 f"fetch it again ({type(error).__name__}: {reason!r})"
             ) from None
-    return readers
+    return tensors
 
 
-def read_file(path: Path) -> Iterator[tuple[str, Stored]]:
-    """(name, what is stored) of each tensor in one weight file."""
-    if path.suffix == ".safetensors":
-        handle, used = safe_open(path, framework="pt"), 0
+def weight_files(folder: Path) -> list[Path]:
+    """The file with a folder's weights, or the shards that its index names."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).exists():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if not index.exists():
+            continue
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+            shards = [folder / Path(name).name for name in sorted(named)]
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"{index} is damaged: {error!r}") from None
+        for shard in shards:
+            if not shard.exists():
+                raise ValueError(f"{shard} is missing, though the index names it")
+        return shards
+    raise ValueError(
+        f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, "
+        "or either with an .index.json and its shards"
+    )
 
-        def rows(name: str, i: int, j: int) -> Tensor:
-            nonlocal handle, used
-            if used > REOPEN_BYTES:  # what was mapped and read counts as used memory
-                handle, used = safe_open(path, framework="pt"), 0
-            part = handle.get_slice(name)[i:j]
-            used += part.nbytes
-            return part
 
-        for name in handle.keys():
-            part = handle.get_slice(name)
-            shape = tuple(part.get_shape())
-            dtype = (part[:1] if shape else handle.get_tensor(name)).dtype
-            yield name, Stored(shape, dtype, partial(rows, name))
-        return
+def is_zip(path: Path) -> bool:
+    """Is a .bin in the format of torch 1.6 and later? Only these can be memory-mapped."""
     with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # torch >= 1.6; only these can be memory-mapped
-    if not zipped and path.stat().st_size > MAX_LEGACY_BYTES:
-        raise OldFormat(
-            f"{path} is in torch's old format, which every process would read whole; convert it "
-            f"once with `python -c \"import t5; t5.convert('{path.parent}')\"`"
-        )
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return file.read(4) == b"PK\x03\x04"
+
+
+def refuse_large_old_file(path: Path) -> None:
+    """ValueError for a large .bin in the format before torch 1.6, with what saves it anew."""
+    size = path.stat().st_size
+    if path.suffix == ".safetensors" or size <= MAX_OLD_BIN_BYTES or is_zip(path):
+        return
+    raise ValueError(
+        f"{path} is in torch's format before 1.6, which every process would read whole; save it "
+        f"again once, with {size / 1e9:.1f} GB of free host memory: `python -c \"import os, torch; "
+        f"p = '{path}'; torch.save(torch.load(p, weights_only=True), p + '.new'); "
+        f"os.replace(p + '.new', p)\"`"
+    )
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one weight file, memory-mapped where its format allows it."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
     ):
         raise ValueError("not a mapping from names to tensors")
-    for name, tensor in tensors.items():
-        read = lambda i, j, tensor=tensor: tensor[i:j]  # noqa: E731
-        yield name, Stored(tuple(tensor.shape), tensor.dtype, read)
+    return tensors
 
 
-def load_weights(
-    model: nn.Module, readers: dict[str, Stored], folder: Path, own: Own = whole
-) -> None:
-    """Copies every tensor of a checkpoint into the model, a few rows at a time, or what is its own.
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copies a checkpoint's tensors into the model, of a sharded one this process's part.
+    ValueError, which names the folder, where they do not fit."""
+    fitting = fit_names(model, tensors, folder)
+    for name, parameter in model.named_parameters():
+        fill(parameter, fitting[name])
+
+
+def fit_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The model's parameter names -> the checkpoint's tensors, whose names are Hugging Face's.
 
     Raises ValueError unless each tensor is a parameter, a known alias (equal to what it repeats)
-    or on the short ignore list, and each parameter is found.
+    or on the short ignore list, and each parameter is found, in its shape and as floats.
     """
-    wanted = {hf_name(name): p for name, p in model.named_parameters()}
-    found: dict[str, str] = {}  # parameter -> the name it is read under
-    for name in readers:
-        if name in wanted:
-            found[name] = name
-    repeats = [(n, ALIASES[n]) for n in readers if n in ALIASES and n not in wanted]
-    for name, original in repeats:
-        found.setdefault(original, name)
-    missing = sorted(wanted.keys() - found.keys())
-    left_over = sorted(readers.keys() - wanted.keys() - ALIASES.keys() - IGNORED)
+    parameters = {hf_name(name): (name, p) for name, p in model.named_parameters()}
+    found = {name: tensors[name] for name in parameters if name in tensors}
+    repeats = {n: ALIASES[n] for n in tensors if n in ALIASES and n not in parameters}
+    for name, original in repeats.items():
+        found.setdefault(original, tensors[name])
+    missing = sorted(parameters.keys() - found.keys())
+    left_over = sorted(tensors.keys() - parameters.keys() - ALIASES.keys() - IGNORED)
     if missing or left_over:
         raise ValueError(
             f"{folder} does not fit its config.json: missing {show(missing)}; "
             f"left over {show(left_over)}"
         )
-    for name, source in found.items():
-        stored, parameter = readers[source], wanted[name]
-        if stored.shape != parameter.shape or not stored.dtype.is_floating_point:
+    for name, (_, parameter) in parameters.items():
+        shape, dtype = tuple(found[name].shape), found[name].dtype
+        if shape != tuple(parameter.shape) or not dtype.is_floating_point:
             raise ValueError(
-                f"{folder}: {source} is {stored.dtype} {stored.shape}, but its config.json "
-                f"asks for float {tuple(parameter.shape)}"
+                f"{folder}: {name} is {dtype} {shape}, but its config.json asks for "
+                f"float {tuple(parameter.shape)}"
             )
-        tensor, first, end = own(parameter)
-        with torch.no_grad():
-            for i, rows in stored.parts(first, end):
-                tensor[i - first : i - first + len(rows)] = rows
-    for name, original in repeats:
-        if name != found[original] and not same(readers[name], readers[found[original]]):
+    for name, original in repeats.items():
+        if not equal(tensors[name], found[original]):
             raise ValueError(f"{folder}: {name} differs from {original}, which it should repeat")
+    return {ours: found[name] for name, (ours, _) in parameters.items()}
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Do two tensors hold the same numbers in the same dtype?"""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+@torch.no_grad()
+def fill(parameter: nn.Parameter, values: Tensor) -> None:
+    """Copies the whole parameter's values into it, or into this process's part where FSDP made it
+    a DTensor. Every process has the values: nothing is sent."""
+    if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+    parameter.copy_(values)
+
+
+def split_into_shards(parameters: dict[str, Tensor]) -> dict[str, list[str]]:
+    """File name -> the parameters that it holds as float32, at most MAX_SHARD_BYTES or one."""
+    shards: list[list[str]] = [[]]
+    room = MAX_SHARD_BYTES
+    for name, parameter in parameters.items():
+        size = 4 * parameter.numel()
+        if shards[-1] and size > room:
+            shards.append([])
+            room = MAX_SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": keys for i, keys in enumerate(shards, 1)}
 
 
 def show(names: list[str], most: int = 12) -> str:
@@ -777,74 +758,17 @@ def show(names: list[str], most: int = 12) -> str:
     return f"{len(names)} ({', '.join(map(repr, names[:most]))}{rest})"
 
 
-def convert(folder: str | os.PathLike) -> None:
-    """Turns a folder's pytorch_model*.bin in torch's old format into safetensors shards beside
-    them, one tensor in memory at a time; from then on those are read."""
-    folder, weight_map = Path(folder), {}
-    shards = sorted(folder.glob("pytorch_model*.bin"))
-    for i, path in enumerate(shards, 1):
-        tensors = map_old_format(path)
-        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        write_tensors(folder / (name + ".tmp"), tensors, Tensor.detach)
-        os.replace(folder / (name + ".tmp"), folder / name)
-        weight_map |= dict.fromkeys(tensors, name)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-
-
-def map_old_format(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file from before torch 1.6, memory-mapped: pickles, read as `weights_only`
-    reads them, say which part of which storage a tensor is; the storages follow, one after the
-    other, each after its number of elements.
-    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/serialization.py (_legacy_save)"""
-    from torch._weights_only_unpickler import Unpickler
-
-    promised: dict[str, torch.UntypedStorage] = {}  # by key, without memory
-
-    def promise(saved: tuple) -> torch.TypedStorage:
-        _, kind, key, _, count, _ = saved
-        size = count * torch.empty(0, dtype=kind.dtype).element_size()
-        storage = promised.setdefault(key, torch.UntypedStorage(size, device="meta"))
-        return torch.TypedStorage(wrap_storage=storage, dtype=kind.dtype, _internal=True)
-
-    with open(path, "rb") as file:
-        for _ in range(3):  # a magic number, the format's, the system's
-            Unpickler(file, encoding="utf-8").load()
-        unpickler = Unpickler(file, encoding="utf-8")
-        unpickler.persistent_load = promise
-        tensors, begins = unpickler.load(), {}
-        keys = Unpickler(file, encoding="utf-8").load()
-        place = file.tell()
-        for key in keys:
-            begins[promised[key]._cdata] = place + 8
-            place += 8 + promised[key].nbytes()
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    mapped = {}
-    for name, t in tensors.items():
-        storage, start = t.untyped_storage(), begins[t.untyped_storage()._cdata]
-        count = storage.nbytes() // t.element_size()
-        flat = torch.frombuffer(data, dtype=t.dtype, count=count, offset=start)
-        mapped[name] = flat.as_strided(t.shape, t.stride(), t.storage_offset())
-    return mapped
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], fetch: Callable) -> None:
-    """A safetensors file of float32, written one fetched tensor at a time: the library's own writer
-    asks for all of them at once. https://github.com/huggingface/safetensors#format"""
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
-    for name, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.numel()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    described = json.dumps(header).encode()
-    described += b" " * (-len(described) % 8)
-    with open(path, "wb") as file:
-        file.write(len(described).to_bytes(8, "little") + described)
-        for tensor in tensors.values():
-            file.write(fetch(tensor).detach().float().cpu().contiguous().numpy())
+def put_in_place(beside: Path, path: Path) -> None:
+    """Waits until a new file is on the disk and gives it its name: a reader sees the old file or
+    the new one, never a part of it."""
+    handle = os.open(beside, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+    os.replace(beside, path)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Beside, then renamed: a reader sees the old file or the new one, never a part of it."""
+    """Written beside, then renamed."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, path)
+    put_in_place(beside, path)

@@ -82,7 +82,6 @@ from eval import (
 from t5 import (
     T5,
     T5Config,
-    Uninitialised,
     load_weights,
     open_checkpoint,
     shift_right,
@@ -697,15 +696,15 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
     torch.manual_seed(c.seed)
     to_shard = c.parallel == "fsdp"
 
-    def shard(model: nn.Module) -> Callable:
-        """Of a model without contents: then each rank reads its own rows alone."""
+    def shard(model: nn.Module) -> None:
+        """Of a model without memory: then each rank fills its own part alone."""
         parallelize(model, c).to_empty(device=own_device(c))
-        return own_rows
 
     if c.weights == "random" and to_shard and issubclass(evaluation.STUDENT, T5):
-        with torch.device("meta"), Uninitialised():
+        with torch.device("meta"):
             model = evaluation.STUDENT(untrained_config(c.size, tokenizer))
-        model.init_weights(c.seed, shard(model))
+        shard(model)
+        model.init_weights(c.seed)
         to_shard = False
     elif c.weights == "random":
         model = evaluation.STUDENT(untrained_config(c.size, tokenizer))
@@ -771,15 +770,6 @@ def recompute(block: nn.Module) -> None:
         return plain(*inputs)
 
     block.forward = forward
-
-
-def own_rows(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
-    """This rank's part of a sharded parameter, and which rows it is: FSDP2 cuts the first
-    dimension like torch.chunk."""
-    rank, world = rank_and_world()
-    part, rows = parameter.to_local(), parameter.shape[0]
-    first = min(rows, rank * -(-rows // world))
-    return part, first, first + part.shape[0]
 
 
 def check_files(c: Config) -> None:
@@ -1056,7 +1046,7 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
     if world > 1:
         dist.barrier()  # best/ is written
     if c.parallel == "fsdp" and isinstance(model, T5):  # every rank keeps its shards alone
-        load_weights(model, open_checkpoint(best), best, own_rows)
+        load_weights(model, open_checkpoint(best), best)
         student = Student(
             model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision
         )

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -522,18 +524,21 @@ def test_every_form_of_checkpoint_loads_bit_for_bit(tmp_path, form, config, dtyp
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_files_in_the_old_format_are_converted_once(tmp_path, monkeypatch, dtype):
-    tensors = {name: t.to(dtype) for name, t in checkpoint().items()}
+def test_a_large_file_in_the_old_format_is_refused_with_the_command_that_saves_it(
+    tmp_path, monkeypatch
+):
+    tensors = checkpoint()
     tensors[COPIES[0]] = tensors[SHARED]  # one storage for two, as T5 was saved
     some = next(n for n, t in tensors.items() if t.dim() == 2 and n not in (SHARED, COPIES[0]))
     tensors[some] = tensors[some].t().contiguous().t()  # not in the order of its rows
     folder = write(tmp_path, tensors, "legacy")
     expected = T5.from_pretrained(folder).state_dict()
-    monkeypatch.setattr(t5, "MAX_LEGACY_BYTES", 0)
-    refused(folder, "old format", f"t5.convert('{folder}')")
-    t5.convert(folder)
-    assert {p.name for p in folder.glob("*.safetensors")} == {"model-00001-of-00001.safetensors"}
+    monkeypatch.setattr(t5, "MAX_OLD_BIN_BYTES", 0)
+    with pytest.raises(ValueError, match="before 1.6.* GB of free host memory") as info:
+        T5.from_pretrained(folder)
+    command = str(info.value).split("`")[1]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    assert {p.name for p in folder.iterdir()} == {"config.json", "pytorch_model.bin"}
     loaded = T5.from_pretrained(folder).state_dict()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
@@ -661,15 +666,13 @@ def test_a_save_that_fails_leaves_the_old_weights(tmp_path, monkeypatch, limit):
     old.save_pretrained(tmp_path)
     last = max(tmp_path.glob("*.safetensors")).name
 
-    write_tensors = t5.write_tensors
-
-    def full(path: Path, *rest) -> None:
+    def full(tensors: dict, path: Path, **rest) -> None:
         path.write_bytes(b"half a file")
         if last in str(path):
             raise OSError(28, "No space left on device")
-        write_tensors(path, *rest)
+        save_file(tensors, path, **rest)
 
-    monkeypatch.setattr(t5, "write_tensors", full)
+    monkeypatch.setattr(t5, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         fresh(TIED).save_pretrained(tmp_path)
     again = T5.from_pretrained(tmp_path).state_dict()
