@@ -542,6 +542,7 @@ def is_correct(name: str | Task, prediction: str | None, label: str) -> bool:
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
+MAX_SOURCE, MAX_TARGET = 1024, 256  # tokens; Appendix A.1, and the released code's cut
 SENTINELS = 100
 SPECIAL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_(?:[0-9]|[1-9][0-9])>)")
 
@@ -554,7 +555,8 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         self.model = sentencepiece.SentencePieceProcessor()
         try:
-            self.model.LoadFromSerializedProto(Path(path).read_bytes())
+            self.file = Path(path).read_bytes()
+            self.model.LoadFromSerializedProto(self.file)
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not a SentencePiece model"
             raise UserError(f"{path}: {reason}; a T5 folder holds one as spiece.model") from None
@@ -604,6 +606,13 @@ class Tokenizer:
         """The text, without special tokens and ids above the vocabulary."""
         return self.model.Decode([int(id) for id in ids if self.unk_id < id < self.pieces])
 
+    def save(self, folder: Path) -> None:
+        """Writes `spiece.model` and what `transformers`' AutoTokenizer needs to read it."""
+        (folder / "spiece.model").write_bytes(self.file)
+        config = {"tokenizer_class": "T5Tokenizer", "extra_ids": SENTINELS, "pad_token": "<pad>"}
+        config |= {"eos_token": "</s>", "unk_token": "<unk>", "model_max_length": MAX_SOURCE}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
 
 @dataclass
 class TokenRows:
@@ -621,6 +630,7 @@ class TokenRows:
     truncated_targets: int
     unknown_tokens: int  # of total_tokens, in sources and targets, after truncation
     total_tokens: int
+    pad_id: int
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -631,6 +641,11 @@ class TokenRows:
     def target(self, i: int) -> np.ndarray:
         return self.target_ids[self.target_offsets[i] : self.target_offsets[i + 1]]
 
+    def lengths(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of these rows' sources and of their targets."""
+        source, target = self.source_offsets, self.target_offsets
+        return source[rows + 1] - source[rows], target[rows + 1] - target[rows]
+
     def rows_of(self, examples: np.ndarray) -> np.ndarray:
         """Indices of these examples' rows, in the order of `examples`."""
         starts = np.searchsorted(self.example, examples, "left")
@@ -639,7 +654,7 @@ class TokenRows:
 
 
 def tokenize_rows(
-    rows: Sequence, tokenizer: Tokenizer, max_source: int = 1024, max_target: int = 256
+    rows: Sequence, tokenizer: Tokenizer, max_source: int = MAX_SOURCE, max_target: int = MAX_TARGET
 ) -> TokenRows:
     """Tokenises `dsbs.Row`s, once: a row has a task `number`, a `source` and a `target`. Where a
     target is a pair (rationale, answer) and too long, this function cuts the rationale's end; the
@@ -667,7 +682,7 @@ def tokenize_rows(
     unknown = sum(int((ids == tokenizer.unk_id).sum()) for ids in (source[0], target[0]))
     return TokenRows(
         tasks, *source[:2], *target[:2], example, int(example[-1]) + 1, source[2], target[2],
-        unknown, len(source[0]) + len(target[0]),
+        unknown, len(source[0]) + len(target[0]), tokenizer.pad_id,
     )  # fmt: skip
 
 
@@ -749,13 +764,13 @@ def micro_batches(
 
 
 def collate(rows: TokenRows, indices: np.ndarray, multiple: int = 1) -> dict[str, np.ndarray]:
-    """input_ids (B, S) padded with 0, attention_mask (B, S), labels (B, T) padded with -100, tasks
+    """input_ids (B, S) with PAD, attention_mask (B, S), labels (B, T) padded with -100, tasks
     (B,), all int64; S and T are rounded up to a multiple. No indices give a dummy row of weight
     0, for a rank that must keep step."""
-    sources = [rows.source(i) for i in indices] or [np.array([Tokenizer.eos_id])]
+    sources = [rows.source(i) for i in indices] or [np.array([1])]  # any id
     targets = [rows.target(i) for i in indices] or [np.array([-100])]
     return {
-        "input_ids": pad(sources, Tokenizer.pad_id, multiple),
+        "input_ids": pad(sources, rows.pad_id, multiple),
         "attention_mask": pad([np.ones_like(source) for source in sources], 0, multiple),
         "labels": pad(targets, -100, multiple),
         "tasks": rows.tasks[indices].astype(np.int64) if len(indices) else np.zeros(1, np.int64),

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
+    MAX_SOURCE,
     Example,
     Tokenizer,
     UserError,
@@ -43,7 +44,6 @@ from t5 import T5
 STUDENT = T5  # a fork puts its own class here: nothing else names the architecture
 
 LABEL_TOKENS, RATIONALE_TOKENS = 64, 256  # greedy decoding; the released code's 64 cuts rationales
-MAX_SOURCE = 1024  # Appendix A.1
 MAX_TOKENS = 8_192  # source tokens in a batch that is decoded
 MULTIPLE = {"cpu": 1, "cuda": 8}  # lengths are rounded up: CUDA's attention wants aligned biases
 TIMEOUT = 600.0  # seconds that a rank waits for another
@@ -193,12 +193,31 @@ class Student:
     interrupted: Callable[[], int] = lambda: 0  # the number of a signal that this rank got, or 0
 
 
-def load_model(folder: Path, *prepare: Any) -> nn.Module:
-    """STUDENT.from_pretrained with its complaints turned into a UserError."""
+@contextlib.contextmanager
+def shown_to_user() -> Iterator[None]:
+    """A ValueError about a folder of weights becomes a UserError."""
     try:
-        return STUDENT.from_pretrained(folder, *prepare)
+        yield
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def load_model(folder: Path) -> nn.Module:
+    """STUDENT.from_pretrained; UserError where the folder is at fault."""
+    with shown_to_user():
+        return STUDENT.from_pretrained(folder)
+
+
+def untrained_config(size: str, vocab_size: int) -> Any:
+    """What `STUDENT(config)` takes for `--weights random`; T5's where the class has no own."""
+    return getattr(STUDENT, "untrained_config", T5.untrained_config)(size, vocab_size)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder: the student class's own `load_tokenizer`, or SentencePiece's. It
+    needs `encode`, `encode_batch`, `decode`, `save`, `pad_id`, `unk_id` and `vocab_size`."""
+    own = getattr(STUDENT, "load_tokenizer", None)
+    return own(folder) if own else Tokenizer(folder / "spiece.model")
 
 
 def load_student(folder: str | os.PathLike, device: torch.device, precision: str) -> Student:
@@ -206,12 +225,9 @@ def load_student(folder: str | os.PathLike, device: torch.device, precision: str
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a student such as runs/NAME/best")
-    for name in ("dsbs.json", "config.json", "spiece.model"):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} is not a student: {name} is missing; a folder written by train.py, "
-                "such as runs/NAME/best, has dsbs.json, config.json, spiece.model and the weights"
-            )
+    if not (folder / "dsbs.json").is_file():
+        raise UserError(f"{folder} is not a student: dsbs.json is missing; give a folder that "
+                        "train.py wrote, such as runs/NAME/best")  # fmt: skip
     try:
         about = json.loads((folder / "dsbs.json").read_text())
         method, prefixes, dataset = about["method"], about["prefixes"], about["dataset"]
@@ -219,7 +235,7 @@ def load_student(folder: str | os.PathLike, device: torch.device, precision: str
             raise ValueError(f"unknown method {method!r} or prefixes {prefixes!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'dsbs.json'} is damaged: {error!r}") from None
-    tokenizer = Tokenizer(folder / "spiece.model")
+    tokenizer = load_tokenizer(folder)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(folder).to(device=device, dtype=dtype)  # cast once, and moved after that
     return Student(model, tokenizer, method, prefixes, dataset, device, precision)

@@ -27,7 +27,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -173,7 +173,24 @@ class RMSNorm(nn.Module):
         return normed.to(compute_dtype(self.weight))
 
 
-class RelativeBias(nn.Embedding):
+class Linear(nn.Linear):
+    """x W^T, without a bias vector. `T5.init_weights` or a checkpoint fills W, not torch."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """A row of W for each id; filled like Linear's."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RelativeBias(Embedding):
     """One learned number per head and distance bucket, added to attention scores."""
 
     def __init__(self, config: T5Config, bidirectional: bool):
@@ -218,10 +235,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.heads = config.num_heads
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
+        self.o = Linear(inner, config.d_model)
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def split(self, x: Tensor) -> Tensor:
@@ -245,8 +262,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi = Linear(config.d_model, config.d_ff)
+        self.wo = Linear(config.d_ff, config.d_model)
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,9 +275,9 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0 = Linear(config.d_model, config.d_ff)
+        self.wi_1 = Linear(config.d_model, config.d_ff)
+        self.wo = Linear(config.d_ff, config.d_model)
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -356,18 +373,24 @@ class Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """The encoder-decoder. What training and evaluation need of a student is `forward`,
-    `generate`, `from_pretrained`, `save_pretrained` and `blocks`; a fork's own model has these."""
+    """The encoder-decoder.
+
+    A fork's own student needs `forward`, `generate`, `from_pretrained`, `save_pretrained` and
+    `blocks`. It may have `untrained_config` (for `--weights random` and `--plan`); `read_config`
+    and `load_weights`, to be sharded before its weights are read; and `load_tokenizer`.
+    """
+
+    usage = "`transformers`' AutoTokenizer and AutoModelForSeq2SeqLM"  # for the model card
 
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, EncoderBlock, config.num_layers, bidirectional=True)
         self.decoder = Stack(config, DecoderBlock, config.num_decoder_layers, bidirectional=False)
         self.head = None  # tied: the embedding's matrix is used
         if not config.tie_word_embeddings:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = Linear(config.d_model, config.vocab_size)
         self.dropout = nn.Dropout(config.dropout_rate)
         if not self.embedding.weight.is_meta:  # else the weights come later
             self.init_weights(torch.initial_seed())
@@ -467,70 +490,86 @@ class T5(nn.Module):
         return tokens
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike, prepare: Callable[[T5], object] | None = None
-    ) -> T5:
+    def untrained_config(cls, size: str, vocab_size: int) -> T5Config:
+        """The config of `--weights random`: the shape `size` (a key of PRESETS), with room for
+        `vocab_size` tokens, rounded up to a multiple of 64 for the hardware."""
+        return T5Config.preset(size, vocab_size=-(-vocab_size // 64) * 64)
+
+    @classmethod
+    def read_config(cls, folder: str | os.PathLike) -> T5Config:
+        """The config of a Hugging Face folder with weights. ValueError where it is missing,
+        malformed or not implemented."""
+        path = Path(folder, "config.json")
+        try:
+            config = T5Config.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{folder} has no config.json: give a folder in Hugging Face's layout"
+            ) from None
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        # transformers >= 5 writes tie_word_embeddings = true whatever is true: ask the tensors.
+        if config.tie_word_embeddings:
+            tensors = read_checkpoint(Path(folder))
+            head, embedding = tensors.get("lm_head.weight"), tensors.get("shared.weight")
+            if head is not None and embedding is not None:
+                config.tie_word_embeddings = equal(head, embedding)
+        return config
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> T5:
         """A model in `eval()` mode, float32, on the CPU, from a Hugging Face folder: `config.json`
         and `model.safetensors` or `pytorch_model.bin`, each single or sharded with an index.
-
-        The files are memory-mapped and copied one tensor at a time. `prepare` is given the model
-        while its parameters are still on the meta device; it may shard them, and has to give them
-        memory (`to_empty`). Each process then copies only its own part.
 
         Raises ValueError, in one line, for a folder or file that is missing or damaged, an
         unsupported config, a wrong shape, and for tensors that are missing or left over.
         """
-        folder = Path(folder)
-        config = read_config(folder)
-        tensors = open_checkpoint(folder)
-        head, embedding = tensors.get("lm_head.weight"), tensors.get("shared.weight")
-        # transformers >= 5 writes tie_word_embeddings = true whatever is true: ask the tensors.
-        if config.tie_word_embeddings and head is not None and embedding is not None:
-            config.tie_word_embeddings = equal(head, embedding)
         with torch.device("meta"):
-            model = cls(config)
-        if prepare is None:
-            model.to_empty(device="cpu")
-        else:
-            prepare(model)
-        load_weights(model, tensors, folder)
+            model = cls(cls.read_config(folder))
+        model.to_empty(device="cpu").load_weights(folder)
         return model.eval()
 
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike,
-        fetch: Callable[[Tensor], Tensor] = Tensor.detach,
-        write: bool = True,
-    ) -> None:
-        """Writes `config.json` and `model.safetensors` (above 2 GB shards with an index) in Hugging
-        Face's layout. Each file is written beside and renamed; the folder's other files stay.
+    @torch.no_grad()
+    def load_weights(self, folder: str | os.PathLike) -> None:
+        """Copies a folder's weights into the parameters; ValueError as in `from_pretrained`.
 
-        `fetch` gives a parameter's values. Where it puts them together from the parts of several
-        processes, all of them call this method, and `write` is true in one: parameters are fetched
-        in the same order everywhere, and the one that writes holds a file's worth of them.
+        The files are memory-mapped: where FSDP has sharded the model, each process reads its own
+        shards from the disk and no process holds the whole.
+        """
+        tensors = match_names(self, read_checkpoint(Path(folder)), folder)
+        for name, parameter in self.named_parameters():
+            fill(parameter, tensors[name])
+
+    def save_pretrained(self, folder: str | os.PathLike, write: bool = True) -> None:
+        """Writes `config.json` and `model.safetensors` (above 2 GB several, with an index) in
+        Hugging Face's layout, float32. Each file is complete before it gets its name.
+
+        Where FSDP has sharded the model, all processes call this to gather its parameters, at most
+        2 GB at a time; `write` is true in the one that writes, and the others keep nothing.
         """
         folder = Path(folder)
-        parameters = {hf_name(name): p for name, p in self.named_parameters()}
+        parameters = {hf_name(name): p.detach() for name, p in self.named_parameters()}
         shards = split_into_shards(parameters)
         if write:
             folder.mkdir(parents=True, exist_ok=True)
-        for name, keys in shards.items():
+        for file, names in shards.items():
             tensors = {}
-            for key in keys:
-                tensor = fetch(parameters[key])
+            for name in names:
+                p = parameters[name]
+                p = p.full_tensor() if hasattr(p, "full_tensor") else p  # of all processes' shards
                 if write:
-                    tensors[key] = tensor.detach().float().cpu().contiguous()
-            if write:  # transformers asks for the format
-                save_file(tensors, folder / (name + ".tmp"), metadata={"format": "pt"})
+                    tensors[name] = p.float().cpu().contiguous()
+            if write:  # `transformers` asks for the format
+                save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
         if not write:
             return
-        for name in shards:
-            put_in_place(folder / (name + ".tmp"), folder / name)
+        for file in shards:
+            put_in_place(folder / (file + ".tmp"), folder / file)
         index = folder / "model.safetensors.index.json"
         if len(shards) == 1:
             index.unlink(missing_ok=True)
         else:
-            weight_map = {key: name for name, keys in shards.items() for key in keys}
+            weight_map = {name: file for file, names in shards.items() for name in names}
             size = sum(4 * p.numel() for p in parameters.values())
             write_json(index, {"metadata": {"total_size": size}, "weight_map": weight_map})
         # Last, when nothing needs them any more: the files of an earlier save.
@@ -594,21 +633,9 @@ def hf_name(name: str) -> str:
     raise AssertionError(f"no Hugging Face name for {name}: RENAMES lacks it")
 
 
-def read_config(folder: Path) -> T5Config:
-    """`folder/config.json`; ValueError where it is missing, malformed or not implemented."""
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        return T5Config.from_dict(raw)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no config.json: give a folder in Hugging Face's layout"
-        ) from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-
-
-def open_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Hugging Face name -> memory-mapped tensor, for all that is in the folder's weight files."""
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Hugging Face name -> memory-mapped tensor, for all that is in the folder's weight files.
+    ValueError for a file that is missing, damaged or cannot be mapped."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         refuse_large_old_file(path)
@@ -632,8 +659,8 @@ def weight_files(folder: Path) -> list[Path]:
         if not index.exists():
             continue
         try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-            shards = [folder / Path(name).name for name in sorted(named)]
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            shards = [folder / Path(name).name for name in sorted(names)]
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index} is damaged: {error!r}") from None
         for shard in shards:
@@ -653,15 +680,16 @@ def is_zip(path: Path) -> bool:
 
 
 def refuse_large_old_file(path: Path) -> None:
-    """ValueError for a large .bin in the format before torch 1.6, with what saves it anew."""
+    """ValueError for a large .bin in the format before torch 1.6, with the command that saves it
+    in the newer one."""
     size = path.stat().st_size
     if path.suffix == ".safetensors" or size <= MAX_OLD_BIN_BYTES or is_zip(path):
         return
     raise ValueError(
         f"{path} is in torch's format before 1.6, which every process would read whole; save it "
-        f"again once, with {size / 1e9:.1f} GB of free host memory: `python -c \"import os, torch; "
-        f"p = '{path}'; torch.save(torch.load(p, weights_only=True), p + '.new'); "
-        f"os.replace(p + '.new', p)\"`"
+        f"again once, with {size / 1e9:.1f} GB of free host memory: "
+        f"""`python -c "import os, torch; p = '{path}'; """
+        "torch.save(torch.load(p, weights_only=True), p + '.new'); os.replace(p + '.new', p)\"`"
     )
 
 
@@ -677,15 +705,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copies a checkpoint's tensors into the model, of a sharded one this process's part.
-    ValueError, which names the folder, where they do not fit."""
-    fitting = fit_names(model, tensors, folder)
-    for name, parameter in model.named_parameters():
-        fill(parameter, fitting[name])
-
-
-def fit_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The model's parameter names -> the checkpoint's tensors, whose names are Hugging Face's.
 
     Raises ValueError unless each tensor is a parameter, a known alias (equal to what it repeats)
@@ -723,8 +743,8 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def fill(parameter: nn.Parameter, values: Tensor) -> None:
-    """Copies the whole parameter's values into it, or into this process's part where FSDP made it
-    a DTensor. Every process has the values: nothing is sent."""
+    """Copies the whole parameter's values into it, or this process's shard of them where FSDP made
+    it a DTensor. Every process has the values: nothing is sent."""
     if hasattr(parameter, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -735,8 +755,7 @@ def fill(parameter: nn.Parameter, values: Tensor) -> None:
 
 def split_into_shards(parameters: dict[str, Tensor]) -> dict[str, list[str]]:
     """File name -> the parameters that it holds as float32, at most MAX_SHARD_BYTES or one."""
-    shards: list[list[str]] = [[]]
-    room = MAX_SHARD_BYTES
+    shards, room = [[]], MAX_SHARD_BYTES
     for name, parameter in parameters.items():
         size = 4 * parameter.numel()
         if shards[-1] and size > room:
@@ -747,28 +766,27 @@ def split_into_shards(parameters: dict[str, Tensor]) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": keys for i, keys in enumerate(shards, 1)}
+    return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
 def show(names: list[str], most: int = 12) -> str:
-    """A list for an error message: "nothing", or its first names and how many there are."""
-    if not names:
-        return "nothing"
+    """Up to `most` names for an error message, and how many there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} ({', '.join(map(repr, names[:most]))}{rest})"
+    listed = ", ".join(map(repr, names[:most]))
+    return f"{len(names)} ({listed}{rest})" if names else "nothing"
 
 
-def put_in_place(beside: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
     """Waits until a new file is on the disk and gives it its name: a reader sees the old file or
     the new one, never a part of it."""
-    handle = os.open(beside, os.O_RDONLY)
+    handle = os.open(temporary, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-    os.replace(beside, path)
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Written beside, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    put_in_place(beside, path)
+    """Writes a temporary file, then renames it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    put_in_place(temporary, path)

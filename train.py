@@ -3,7 +3,7 @@
 This file owns the run's configuration, process groups, the optimizer and its schedule, the loop,
 checkpoints and exact resume. It knows nothing of prompts or scoring rules.
 
-A step: N examples -> their rows -> micro-batches of similar length, dealt to the ranks ->
+A step: N examples -> their rows -> micro-batches of similar length, assigned to the ranks ->
 loss (Eq. 3), already divided by the whole step's target tokens -> one clipped AdamW step.
 
 What makes a resumed run equal to an uninterrupted one, bit for bit: the data order is a function
@@ -65,7 +65,6 @@ from data import (
 )
 from dsbs import METHODS, PREFIXES, TARGETS, make_rows, multitask_loss, wanted_label
 from eval import (
-    MULTIPLE,
     NAMED,
     Interrupted,
     RunError,
@@ -77,20 +76,11 @@ from eval import (
     print0,
     processes,
     rank_and_world,
-    replaced,
 )
-from t5 import (
-    T5,
-    T5Config,
-    load_weights,
-    open_checkpoint,
-    shift_right,
-    write_json,
-)
+from t5 import shift_right, write_json
 
 HERE = Path(__file__).parent
 DEMO_VOCABULARY = HERE / "demo" / "spiece.model"
-MAX_TARGET = 256  # the released code's cut
 
 # Appendix A.1; small and xl are not in the paper and take their neighbours' recipe. micro_tokens
 # and recompute do not change the result. micro_tokens lets rows of 1,024 + 256 tokens fill a 40 GB
@@ -389,45 +379,38 @@ def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -
 
 
 def save_student(
-    c: Config, model: nn.Module, folder: Path, vocabulary: Path, step: int, accuracy: float
+    c: Config, model: nn.Module, tokenizer: Tokenizer, folder: Path, step: int, accuracy: float
 ) -> None:
     """Writes a student folder that `eval.py` and `transformers` load.
 
-    The new folder is complete before it replaces the old one; `restore` mends a crash between the
-    two renames. All ranks of a sharded model call this: they gather one parameter at a time, and
-    rank 0 writes.
+    The new folder is complete before it replaces the old one; `restore` repairs a crash between
+    the two renames. All ranks of a sharded model call this to gather it; rank 0 writes.
     """
-    beside, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     writes = rank_and_world()[0] == 0
     if writes:
-        for leftover in (beside, old):
+        for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
     if c.parallel != "fsdp":
-        model.save_pretrained(beside)
-    elif isinstance(model, T5):
-        model.save_pretrained(beside, lambda part: part.full_tensor(), writes)
+        model.save_pretrained(temporary)
+    elif fills_shards(type(model)):
+        model.save_pretrained(temporary, writes)
     else:
-        with replaced(model, lambda part: part.full_tensor()):
+        with evaluation.replaced(model, lambda shard: shard.full_tensor()):
             if writes:
-                model.save_pretrained(beside)
+                model.save_pretrained(temporary)
     if not writes:
         return
-    shutil.copyfile(vocabulary, beside / "spiece.model")
-    write_json(beside / "tokenizer_config.json", {
-        "tokenizer_class": "T5Tokenizer", "extra_ids": 100, "pad_token": "<pad>",
-        "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": evaluation.MAX_SOURCE,
-    })  # fmt: skip
-    write_json(beside / "dsbs.json", {
-        "method": c.method, "prefixes": c.prefixes, "dataset": c.dataset, "step": step,
-        "valid_accuracy": accuracy,
-    })  # fmt: skip
-    (beside / "README.md").write_text(model_card(c, step, accuracy))
-    for path in beside.iterdir():
+    tokenizer.save(temporary)
+    about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset, "step": step}
+    write_json(temporary / "dsbs.json", {**about, "valid_accuracy": accuracy})
+    (temporary / "README.md").write_text(model_card(c, step, accuracy))
+    for path in temporary.iterdir():
         fsync(path)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(beside, folder)
+    os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -461,14 +444,15 @@ def best_so_far(out: Path, state: dict) -> tuple[float, int]:
 def model_card(c: Config, step: int, accuracy: float) -> str:
     """The `README.md` of a student folder."""
     prefix = PREFIXES[c.prefixes]["label"] if METHODS[c.method].prefixed else ""
-    return f"""# T5 student, {Path(c.dataset).name}, {c.method}
+    others = getattr(evaluation.STUDENT, "usage", "")
+    others = f", or {others} with the prefix {prefix!r} before the input" if others else ""
+    return f"""# {evaluation.STUDENT.__name__} student, {Path(c.dataset).name}, {c.method}
 
 Trained with Distilling Step-by-Step (Hsieh et al., 2023, https://arxiv.org/abs/2305.02301).
 
 - start: {c.weights} ({c.size}); method {c.method}, {c.labels} labels, seed {c.seed}
 - step {step} of {c.steps}, validation accuracy {accuracy:.4f}
-- use: `python eval.py THIS_FOLDER --predict inputs.txt`, or `transformers`' AutoTokenizer and
-  AutoModelForSeq2SeqLM with the prefix {prefix!r} before the input
+- use: `python eval.py THIS_FOLDER --predict inputs.txt`{others}
 - It inherits its teacher's errors and biases (the paper's ethics statement): check before use.
 """
 
@@ -627,7 +611,6 @@ class Data:
     """Everything that a run reads, tokenised once."""
 
     tokenizer: Tokenizer
-    vocabulary: Path
     rows: TokenRows
     ids: list[str]  # of the training examples, as numbered in `rows`
     valid: list[Example]
@@ -638,8 +621,8 @@ class Data:
 
 def prepare(c: Config) -> Data:
     """Reads the splits, takes the fraction, makes rows and token arrays, and counts."""
-    vocabulary = DEMO_VOCABULARY if c.weights == "random" else Path(c.weights) / "spiece.model"
-    tokenizer = Tokenizer(vocabulary)
+    folder = HERE / "demo" if c.weights == "random" else Path(c.weights)
+    tokenizer = evaluation.load_tokenizer(folder)
     counts = Counter()
 
     def load(split: str, counts: Counter | None = None) -> list[Example]:
@@ -665,7 +648,7 @@ def prepare(c: Config) -> Data:
         raise UserError(f"--method {c.method} needs rationales and no training example has one; "
                         "give --rationales, or --method standard")
     made = make_rows(usable, c.method, c.labels, c.prefixes, c.dataset)
-    rows = tokenize_rows(made, tokenizer, evaluation.MAX_SOURCE, MAX_TARGET)
+    rows = tokenize_rows(made, tokenizer)
     share = lambda part, whole: f"{part:,} ({100 * part / max(whole, 1):.2f} %)"  # noqa: E731
     notes = [
         f"data: {c.dataset}, {len(own):,} of {len(everything):,} training examples "
@@ -680,46 +663,48 @@ def prepare(c: Config) -> Data:
         f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}",
     ]
     majority = Counter(wanted_label(e, c.labels) for e in usable).most_common(1)[0][0]
-    return Data(tokenizer, vocabulary, rows, [e.id for e in usable], valid, test, majority, notes)
+    return Data(tokenizer, rows, [e.id for e in usable], valid, test, majority, notes)
 
 
 # --------------------------------------------------------------------------------------- model
 
 
-def untrained_config(size: str, tokenizer: Tokenizer) -> T5Config:
-    """The shape of that size with the bundled vocabulary's, rounded up for the hardware."""
-    return T5Config.preset(size, vocab_size=-(-tokenizer.vocab_size // 64) * 64)
-
-
 def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
-    """The student before training: pretrained weights, or that size at random for `random`."""
+    """The student before training: pretrained weights, or that size at random for `random`.
+
+    For FSDP a class that can is sharded first and filled then, so that no process holds a whole
+    model; another is whole in each process for a moment.
+    """
     torch.manual_seed(c.seed)
-    to_shard = c.parallel == "fsdp"
-
-    def shard(model: nn.Module) -> None:
-        """Of a model without memory: then each rank fills its own part alone."""
-        parallelize(model, c).to_empty(device=own_device(c))
-
-    if c.weights == "random" and to_shard and issubclass(evaluation.STUDENT, T5):
-        with torch.device("meta"):
-            model = evaluation.STUDENT(untrained_config(c.size, tokenizer))
-        shard(model)
-        model.init_weights(c.seed)
-        to_shard = False
-    elif c.weights == "random":
-        model = evaluation.STUDENT(untrained_config(c.size, tokenizer))
-    elif to_shard and issubclass(evaluation.STUDENT, T5):
-        model, to_shard = evaluation.load_model(Path(c.weights), shard), False
+    student, folder, random = evaluation.STUDENT, Path(c.weights), c.weights == "random"
+    untrained = evaluation.untrained_config(c.size, tokenizer.vocab_size) if random else None
+    if c.parallel == "fsdp" and fills_shards(student):
+        with evaluation.shown_to_user():
+            config = untrained or student.read_config(folder)
+            with torch.device("meta"):
+                model = student(config)
+            parallelize(model, c).to_empty(device=own_device(c))
+            if random:
+                model.init_weights(c.seed)
+            else:
+                model.load_weights(folder)
     else:
-        model = evaluation.load_model(Path(c.weights))
+        model = student(untrained) if random else evaluation.load_model(folder)
     rows = model.config.vocab_size if hasattr(model, "config") else math.inf  # a fork may lack it
     if rows < tokenizer.vocab_size:
-        raise UserError(f"{c.weights}: vocab_size {rows} is smaller than its spiece.model's "
-                        f"{tokenizer.vocab_size}; they belong to different models")
+        raise UserError(
+            f"{c.weights}: vocab_size {rows} is smaller than its tokenizer's "
+            f"{tokenizer.vocab_size}; they belong to different models"
+        )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = c.dropout  # whatever config.json says: v1.1's is for pretraining
-    return parallelize(model, c) if to_shard else model
+    return parallelize(model, c) if c.parallel == "fsdp" and not fills_shards(student) else model
+
+
+def fills_shards(student: type[nn.Module]) -> bool:
+    """Can this class read and write a sharded model's weights, as T5 does?"""
+    return hasattr(student, "load_weights")
 
 
 def own_device(c: Config) -> torch.device:
@@ -838,13 +823,20 @@ def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str,
     return {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
 
 
+def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
+    """(B, T) labels, shifted right with the ids that the student's own `generate` uses."""
+    config = getattr(getattr(model, "module", model), "config", None)  # DDP wraps the model
+    ids = [getattr(config, name, 0) for name in ("decoder_start_token_id", "pad_token_id")]
+    return shift_right(labels, *ids)
+
+
 def forward_backward(
     model: nn.Module, batch: dict[str, Tensor], counts: Tensor, c: Config, scale: int
 ) -> Tensor:
     """One micro-batch: adds to the gradients, returns its shares of each task's loss and of L."""
     labels = batch["labels"]
     with autocast(counts.device, c.precision):
-        logits = model(batch["input_ids"], batch["attention_mask"], shift_right(labels))
+        logits = model(batch["input_ids"], batch["attention_mask"], decoder_inputs(model, labels))
     losses = multitask_loss(logits, labels, batch["tasks"], counts, c.lam)
     (losses.total * scale).backward()
     return torch.cat([losses.each, losses.total[None]]).detach()
@@ -861,16 +853,15 @@ def train_step(
     start, rows = time.monotonic(), data.rows
     (rank, world), n = rank_and_world(), len(TARGETS)
     examples = step_examples(rows.n_examples, c.batch_size, c.seed, step)
-    mine = rows.rows_of(examples)
-    sources, targets = (o[mine + 1] - o[mine] for o in (rows.source_offsets, rows.target_offsets))
-    multiple = MULTIPLE[device.type]
-    dealt = micro_batches(
-        round_up(sources, multiple), round_up(targets, multiple), rows.tasks[mine],
-        c.micro_tokens, world, OVERHEAD[device.type],
-    )[rank]  # fmt: skip
+    numbers = rows.rows_of(examples)  # both rows of each example, on every rank
+    tasks, multiple = rows.tasks[numbers], evaluation.MULTIPLE[device.type]
+    sources, targets = rows.lengths(numbers)
+    lengths = round_up(sources, multiple), round_up(targets, multiple)
+    cost = c.micro_tokens, world, OVERHEAD[device.type]
+    batches = micro_batches(*lengths, tasks, *cost)[rank]
     known = to_tensors({
         # Each task's target tokens in the whole step: the denominators of Eq. 1 and 4.
-        "counts": np.array([targets[rows.tasks[mine] == task].sum() for task in range(n)]),
+        "counts": np.array([targets[tasks == task].sum() for task in range(n)]),
         # Summed over ranks: each task's loss, L, and how many ranks got each signal.
         "shares": np.float32([0] * (n + 1) + [stop == number for number in STOPPING]),
     }, device)  # fmt: skip
@@ -883,11 +874,11 @@ def train_step(
         group["lr"] = lr
     dropout_seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(dropout_seed[0]))
-    for i, part in enumerate(dealt):
-        batch = to_tensors(collate(rows, mine[part], multiple), device)
+    for i, part in enumerate(batches):
+        batch = to_tensors(collate(rows, numbers[part], multiple), device)
         # Gradients are averaged over the ranks, and our losses are parts of one sum: times world.
         # DDP waits for the last to do it; FSDP does it each time, and keeps no whole gradients.
-        wait = c.parallel == "ddp" and i < len(dealt) - 1
+        wait = c.parallel == "ddp" and i < len(batches) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
             shares[: n + 1] += forward_backward(model, batch, counts, c, world)
     if world > 1:
@@ -1005,7 +996,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
                 if accuracy > best:
                     best = accuracy
                     if writes:
-                        save_student(c, model, out / "best", data.vocabulary, step, best)
+                        save_student(c, model, data.tokenizer, out / "best", step, best)
             if step == c.steps:
                 break
 
@@ -1036,7 +1027,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
     if metrics_file:
         metrics_file.close()
     if writes:
-        save_student(c, model, out / "last", data.vocabulary, c.steps, accuracy)
+        save_student(c, model, data.tokenizer, out / "last", c.steps, accuracy)
 
 
 def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) -> dict:
@@ -1045,11 +1036,10 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
     device, best = own_device(c), out / "best"
     if world > 1:
         dist.barrier()  # best/ is written
-    if c.parallel == "fsdp" and isinstance(model, T5):  # every rank keeps its shards alone
-        load_weights(model, open_checkpoint(best), best)
-        student = Student(
-            model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision
-        )
+    if c.parallel == "fsdp" and fills_shards(type(model)):
+        model.load_weights(best)
+        about = c.method, c.prefixes, c.dataset, device, c.precision
+        student = Student(model, data.tokenizer, *about)
     else:
         student = evaluation.load_student(best, device, c.precision)
     student.interrupted = lambda: signals.got

@@ -1,50 +1,134 @@
-"""A student that is no T5: what a fork has to bring, and nothing more. Run by test_train.py."""
+"""A student that is no T5: a decoder-only Transformer that reads and writes bytes.
 
+    python tests/fork.py [flags of train.py]
+    python tests/fork.py eval STUDENT_FOLDER [flags of eval.py]
+
+This is all that a fork has to bring: a class with `forward`, `generate`, `from_pretrained`,
+`save_pretrained` and `blocks`; here also a config and a tokenizer of its own.
+"""
+
+import json
+import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-import eval as evaluation
-import train
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this file can be run as a script
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
 
 
-class Recurrent(nn.Module):
-    """A GRU reads, a GRU writes."""
+class Bytes(data.Tokenizer):
+    """UTF-8 bytes, after PAD (0) and EOS (1). The decoder starts with PAD, as T5's does."""
 
-    def __init__(self, config):
+    unk_id, vocab_size = -1, 258  # no byte is unknown
+
+    def __init__(self):
+        pass
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        return [[2 + byte for byte in text.encode()] for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(id - 2 for id in ids if 2 <= id < 258).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Bytes"}')
+
+
+class Block(nn.Module):
+    """Self-attention and a feed-forward layer. (B, N, D) -> (B, N, D)"""
+
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, 32)
-        self.reader, self.writer = (nn.GRU(32, 32, batch_first=True) for _ in range(2))
-        self.head = nn.Linear(32, config.vocab_size)
-        self.blocks = [self.reader, self.writer]
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(0.1)
 
-    def forward(self, input_ids, attention_mask, decoder_input_ids):
-        read, _ = self.reader(self.embedding(input_ids))
-        last = read[torch.arange(len(read)), attention_mask.sum(1).clamp(min=1) - 1]
-        return self.head(self.writer(self.embedding(decoder_input_ids), last[None].contiguous())[0])
+    def forward(self, x: Tensor, mask: Tensor, cache: list | None = None) -> Tensor:
+        """mask (B, 1, N, L) is true where a token may look; cache: keys and values so far."""
+        parts = self.qkv(self.norms[0](x)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        if cache is not None:
+            if cache:
+                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache, (k, v)))
+            cache[:] = k, v
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.out(mixed))
+        return x + self.dropout(self.ff(self.norms[1](x)))
+
+
+class Causal(nn.Module):
+    """Continues the source with the target; PAD between the two is never attended to."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.settings = config
+        self.embedding = nn.Embedding(config["vocab_size"], config["width"])
+        self.positions = nn.Embedding(config["length"], config["width"])
+        depth, width = config["depth"], config["width"]
+        self.blocks = nn.ModuleList(Block(width, config["heads"]) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, config["vocab_size"], bias=False)
+
+    def run(self, ids: Tensor, real: Tensor, caches: list[list] | None = None) -> Tensor:
+        """Ids (B, N) of the last N of L positions; real (B, L) is false at PAD -> (B, N, D)"""
+        n, length = ids.shape[1], real.shape[1]
+        past = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=ids.device)  # so no row is empty
+        mask = (past & real[:, None, :] | itself)[:, None, -n:]
+        places = (real.cumsum(1) - 1).clamp(0, self.settings["length"] - 1)[:, -n:]
+        x = self.embedding(ids) + self.positions(places)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, caches[i] if caches else None)
+        return self.norm(x)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor):
+        """(B, S), (B, S), (B, T) -> logits (B, T, V)"""
+        real = torch.cat([attention_mask, torch.ones_like(decoder_input_ids)], dim=1).bool()
+        x = self.run(torch.cat([input_ids, decoder_input_ids], dim=1), real)
+        return self.head(x[:, input_ids.shape[1] :])
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask, max_new_tokens=64):
-        ids = input_ids.new_zeros((len(input_ids), 1))
-        for _ in range(min(max_new_tokens, 4)):
-            token = self(input_ids, attention_mask, ids)[:, -1:].argmax(-1)
-            ids = torch.cat([ids, token], 1)
-        return ids[:, 1:]
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 64):
+        """Greedy: (B, S), (B, S) -> (B, at most max_new_tokens)"""
+        start = torch.full_like(input_ids[:, :1], 0)
+        ids, real = torch.cat([input_ids, start], dim=1), attention_mask.bool()
+        caches, tokens, ended = [[] for _ in self.blocks], [], start.bool()
+        while len(tokens) < max_new_tokens and not ended.all():
+            real = torch.cat([real, torch.ones_like(ended)], dim=1)
+            ids = self.head(self.run(ids, real, caches)[:, -1:]).argmax(-1).masked_fill(ended, 0)
+            tokens.append(ids)
+            ended = ended | (ids == 1)
+        return torch.cat(tokens, dim=1)
+
+    @staticmethod
+    def untrained_config(size: str, vocab_size: int) -> dict:
+        """For `--weights random`; this class has one size, whatever `--size` says."""
+        return dict(vocab_size=vocab_size, width=64, depth=2, heads=4, length=1536)
+
+    @staticmethod
+    def load_tokenizer(folder: Path) -> Bytes:
+        return Bytes()
 
     @classmethod
     def from_pretrained(cls, folder):
-        weights = load_file(Path(folder) / "model.safetensors")
-        model = cls(type("Config", (), {"vocab_size": len(weights["head.weight"])}))
-        model.load_state_dict(weights)
+        model = cls(json.loads(Path(folder, "config.json").read_text()))
+        model.load_state_dict(load_file(Path(folder, "model.safetensors")))
         return model.eval()
 
     def save_pretrained(self, folder):
-        save_file(self.state_dict(), Path(folder) / "model.safetensors")
-        (Path(folder) / "config.json").write_text("{}")
+        save_file(self.state_dict(), Path(folder, "model.safetensors"))
+        Path(folder, "config.json").write_text(json.dumps(self.settings))
 
 
-evaluation.STUDENT = Recurrent
+evaluation.STUDENT = Causal
 if __name__ == "__main__":
-    evaluation.leave(train.main())
+    asks = sys.argv[1:2] == ["eval"]
+    sys.exit(evaluation.main(sys.argv[2:]) if asks else train.main(sys.argv[1:]))

@@ -137,7 +137,7 @@ def test_an_evaluation_casts_each_weight_once_and_leaves_training_s_as_they_are(
     """In training's own evaluation, and in eval.py, whose student is loaded in bfloat16."""
     torch.manual_seed(0)
     tokenizer = train.Tokenizer(train.DEMO_VOCABULARY)
-    model = T5(train.untrained_config("tiny", tokenizer))
+    model = T5(T5.untrained_config("tiny", tokenizer.vocab_size))
     c = train.resolve(train.Config(device="cpu", precision="bf16"))
     student = evaluation.Student(model, tokenizer, "standard", "paper", "demo", precision="bf16")
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
@@ -147,7 +147,7 @@ def test_an_evaluation_casts_each_weight_once_and_leaves_training_s_as_they_are(
     assert casts.count == len(before), "two batches, many tokens"
     for name, p in model.named_parameters():
         assert p is before[name][0] and torch.equal(p, before[name][1]) and p.requires_grad
-    train.save_student(c, model, tmp_path / "student", train.DEMO_VOCABULARY, 1, 0.0)
+    train.save_student(c, model, tokenizer, tmp_path / "student", 1, 0.0)
     loaded = evaluation.load_student(tmp_path / "student", torch.device("cpu"), "bf16")
     kept = list(loaded.model.parameters())
     assert {p.dtype for p in kept} == {torch.bfloat16}, "2 bytes a parameter: 22 GB of XXL"

@@ -411,16 +411,25 @@ def test_parallel_none_under_torchrun_is_refused(small_task, tmp_path):
 # --------------------------------------------------------------------------------------- forks
 
 
-def test_a_fork_with_its_own_architecture(small_task, tmp_path):
-    """A model that shares nothing with T5: five members, named in one place, on two processes."""
+@pytest.mark.slow
+def test_a_fork_that_is_no_t5_and_has_its_own_tokenizer(small_task, tmp_path):
+    """It trains, resumes after SIGKILL, runs on two processes, and its student is used."""
     script = ROOT / "tests" / "fork.py"
     base = [script, "--dataset", small_task, *QUICK, "--dropout", "0"]
-    for processes in (1, 2):
-        run(*base, "--out", tmp_path / str(processes), processes=processes)
-    assert (tmp_path / "2" / "result.json").exists()
-    one, two = (read_steps(tmp_path / n) for n in "12")
-    assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
-    assert two[-1]["loss"] < two[0]["loss"]
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    run(*base, "--out", one)
+    run(*base, "--out", two, processes=2)
+    a, b = read_steps(one), read_steps(two)
+    assert b[-1]["loss"] == pytest.approx(a[-1]["loss"], rel=1e-3)
+    assert a[-1]["loss"] < a[0]["loss"]
+    killed_after(4, again, *base, "--save-every", "2", "--out", again)
+    run(script, "--out", again, "--resume")
+    assert same_steps(one / "metrics.jsonl", again / "metrics.jsonl")
+    files = {path.name for path in (again / "best").iterdir()}
+    assert "tokenizer_config.json" in files and "spiece.model" not in files
+    assert "Causal student" in (again / "best" / "README.md").read_text()
+    done = run(script, "eval", again / "best", "--predict", "-", stdin="What is snow?\n")
+    assert json.loads(done.stdout)["id"] == "1"
 
 
 # ---------------------------------------------------------------------------------- precision
