@@ -1,27 +1,35 @@
-"""Everything about text: examples, datasets, answers in completions, tokens, the order of batches.
+"""Text and files: examples, datasets, answers in completions, tokens, the order of batches.
 
-A new dataset is a row of `TASKS`, or a folder of `*.jsonl`. Strings and numpy arrays come out; this
-file knows nothing of torch, prompts, the network, lambda or ranks, and imports none of ours.
+A new dataset is a row of `TASKS`, or a folder of `*.jsonl`. This file returns strings and numpy
+arrays. It imports neither torch nor another file of ours, and it knows nothing of prompts, the
+network, lambda or ranks.
 """
 
+import errno
+import fcntl
 import functools
+import hashlib
 import json
 import math
 import operator
+import os
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import sentencepiece
 
 Text = str | tuple[str, ...]  # one part, or several
+Rationales = str | Sequence[str | Path] | None  # palm, neox or human; a teacher's files; none
 
 
 class UserError(ValueError):
@@ -37,6 +45,75 @@ class Example:
     label: str | None
     rationale: str | None = None
     teacher_label: str | None = None
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without `-o flock`, some NFS
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file atomically, and creates its folder. Readers see the old file or the new
+    one, also after a crash. OSError, such as a full disk, leaves the old file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes may write the same file, so each has its own temporary file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON value, indented, with `write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Writes one JSON object a line with `write_text`."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def lock(path: Path) -> FileIO:
+    """Opens a file for appending and locks it against other processes until it is closed; the
+    system unlocks it after SIGKILL too. Creates the file and its folder.
+
+    UserError if another process holds the lock or the file cannot be written. A filesystem without
+    locks gives one warning and no lock.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab", buffering=0)
+    except OSError as error:
+        raise UserError(
+            f"--out {path}: {error.strerror}; give a name that can be written"
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{path} is in use by another process; wait for it, or give another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {path}: this filesystem has no locks; use one process", file=sys.stderr)
+    return file
+
+
+def sha256(content: bytes | Path) -> str:
+    """The sha256 of bytes, or of a file that is read in pieces, as 64 hexadecimal digits."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    with open(content, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 # ---- Arithmetic: the value of model text, which is never executed --------------------------------

@@ -36,6 +36,7 @@ from data import (
     load_dataset,
     pad,
     parse_completion,
+    write_jsonl,
 )
 from dsbs import METHODS, PREFIXES, RATIONALE, make_source
 from t5 import T5
@@ -399,14 +400,6 @@ def rationale_source(
     if names:
         return names[0] if names[0] in NAMED and len(names) == 1 else names
     return "palm" if needed and find_task(dataset).palm else None
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """One object a line; written beside and renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(beside, path)
 
 
 # ------------------------------------------------------------------------------- command line

@@ -1,6 +1,9 @@
 """Datasets, their splits and bad input, completions, and the order of batches."""
 
+import errno
+import hashlib
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,9 +22,14 @@ from data import (
     has_split,
     is_correct,
     load_dataset,
+    lock,
     micro_batches,
     parse_completion,
+    sha256,
     step_examples,
+    write_json,
+    write_jsonl,
+    write_text,
 )
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "datasets"
@@ -45,6 +53,54 @@ def error_of(name, split="train", root="datasets", rationales=None) -> str:
         load_dataset(str(name), split, root, rationales)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+# ---- Files
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "new folder" / "file"
+    write_text(path, "é\n")
+    assert path.read_bytes() == b"\xc3\xa9\n"
+
+    def full(file: int) -> None:
+        assert path.read_bytes() == b"\xc3\xa9\n"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_text(path, "other")
+    assert path.read_text() == "é\n" and list(path.parent.iterdir()) == [path]
+    write_jsonl(path, [{"a": "é"}, {}])
+    assert path.read_text() == '{"a": "é"}\n{}\n'
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "folder" / "log"
+    with lock(path) as file:
+        file.write(b"line\n")
+        with pytest.raises(UserError, match="in use by another process"):
+            lock(path)
+    with lock(path):
+        assert path.read_text() == "line\n"
+    with pytest.raises(UserError, match="--out .*File exists"):
+        lock(path / "below")
+
+    def no_locks(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with lock(path), lock(path):
+        assert capsys.readouterr().err.count("warning: ") == 2
+
+
+def test_sha256_of_bytes_and_of_a_file(tmp_path: Path) -> None:
+    content = b"0123456789" * 200_000  # more than one piece
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(content) == sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 # ---- Real data
