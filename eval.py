@@ -30,7 +30,6 @@ from data import (
     Example,
     Tokenizer,
     UserError,
-    find_task,
     get_task,
     is_correct,
     load_dataset,
@@ -399,7 +398,7 @@ def rationale_source(
     the demo) carries its own."""
     if names:
         return names[0] if names[0] in NAMED and len(names) == 1 else names
-    return "palm" if needed and find_task(dataset).palm else None
+    return "palm" if needed and get_task(dataset).palm else None
 
 
 # ------------------------------------------------------------------------------- command line

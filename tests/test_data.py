@@ -16,7 +16,6 @@ from data import (
     Example,
     UserError,
     data_files,
-    find_task,
     format_answer,
     get_task,
     has_split,
@@ -332,8 +331,7 @@ def test_a_task_stands_for_its_name(closed: str) -> None:
     task = get_task(closed)
     Path(closed, "task.json").unlink()
     write(Path(closed, "train.jsonl"), example(1), example(2))
-    assert get_task(task) is find_task(task) is task
-    assert find_task(closed).labels is None, "no file of the folder is read"
+    assert get_task(task) is task
     assert data_files(task, "train") == data_files(closed, "train")
     assert load_dataset(task, "train") == load_dataset(closed, "train")
     assert parse_completion(task, "r So the answer is no-go.") == ("r", "no-go")
@@ -605,13 +603,13 @@ def test_answers_are_written_as_they_are_read(closed: str, free: str) -> None:
 
 
 def test_hostile_completions_are_quick() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for junk in ("(", " ", "\n", "\n ", ". ", "(1+", "The answer is (", "So the answer is (a) ",
                  "Answer: neutral or ", "Q: ", "\0", "and (", "((1) and "):  # fmt: skip
         for name in ("svamp", "cqa", "esnli", "anli1"):
             parse_completion(name, junk * 2_000)
             parse_completion(name, TASKS[name].marker + junk * 2_000)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_text_is_right_when_equal_after_strip() -> None:
