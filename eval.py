@@ -31,12 +31,12 @@ from data import (
     Example,
     Tokenizer,
     UserError,
-    find_task,
     get_task,
     is_correct,
     load_dataset,
     pad,
     parse_completion,
+    write_jsonl,
 )
 from dsbs import METHODS, PREFIXES, RATIONALE, make_source
 from t5 import T5
@@ -414,15 +414,7 @@ def rationale_source(
     the demo) carries its own."""
     if names:
         return names[0] if names[0] in NAMED and len(names) == 1 else names
-    return "palm" if needed and find_task(dataset).palm else None
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """One object a line; written beside and renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(beside, path)
+    return "palm" if needed and get_task(dataset).palm else None
 
 
 # ------------------------------------------------------------------------------- command line

@@ -18,9 +18,7 @@ import argparse
 import contextlib
 import email.utils
 import errno
-import fcntl
 import functools
-import hashlib
 import http.client
 import itertools
 import json
@@ -60,8 +58,12 @@ from data import (
     get_task,
     is_correct,
     load_dataset,
+    lock,
     not_allowed,
     parse_completion,
+    sha256,
+    write_json,
+    write_jsonl,
 )
 
 HERE = Path(__file__).parent
@@ -106,12 +108,7 @@ class Prompt:
     @functools.cached_property
     def sha256(self) -> str:
         """Of all but the input."""
-        return sha256(self.text(""))
-
-
-def sha256(text: str) -> str:
-    """Of a text, in hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
+        return sha256(self.text("").encode())
 
 
 def read_prompt(name: str, shots: int | None = None) -> Prompt:
@@ -186,16 +183,7 @@ class Log:
 
     def __init__(self, path: Path):
         self.path, self.guard = path, threading.Lock()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path} is in use by another process; wait for it, or give another "
-                            "--out") from None  # fmt: skip
-        except OSError as error:
-            raise UserError(f"--out {path}: {error.strerror}; give a name that can be written"
-                            ) from None  # fmt: skip
+        self.file = lock(path)  # unbuffered
         with open(path, "rb") as file:  # a crash may have torn the last line
             tail = file.seek(0, os.SEEK_END)
             while tail and not _ends_line(file, tail):
@@ -207,25 +195,25 @@ class Log:
                                     "another --out")  # fmt: skip
                 if _record(torn) is None:
                     print(f"{path}: a torn last line of {len(torn)} bytes is taken off")
-                    os.truncate(self.file, tail)
+                    self.file.truncate(tail)
                 else:
-                    os.write(self.file, b"\n")
+                    self.file.write(b"\n")
 
     def append(self, record: dict) -> None:
         """Writes one line with one call, so that no crash of ours leaves half of it."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         with self.guard:
-            size = os.fstat(self.file).st_size
-            if os.write(self.file, line) < len(line):  # a full disk takes a part
-                os.ftruncate(self.file, size)
+            size = os.fstat(self.file.fileno()).st_size
+            if self.file.write(line) < len(line):  # a full disk takes a part
+                self.file.truncate(size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        os.fsync(self.file)
-        os.close(self.file)
+        os.fsync(self.file.fileno())
+        self.file.close()
 
 
 def _ends_line(file, position: int) -> bool:
@@ -346,19 +334,6 @@ def derive(
         "kept": len(rows),
         "keep": keep,
     }
-
-
-def write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Beside, and then renamed: a reader finds the old file or the new one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: {error.strerror}; the log is whole: mend this and use "
-                        "--parse-only") from None  # fmt: skip
 
 
 # ---- The client ----------------------------------------------------------------------------------
@@ -746,7 +721,8 @@ def total_tokens(record: dict) -> int:
 
 def input_sha256(example: Example) -> str:
     """Tells whether an id still stands for the same input."""
-    return sha256(example.input if isinstance(example.input, str) else "\n".join(example.input))
+    text = example.input if isinstance(example.input, str) else "\n".join(example.input)
+    return sha256(text.encode())
 
 
 def say(words: str) -> None:
@@ -921,9 +897,12 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
     report = {**about, **report, **facts}
     show(report)
     if args.out:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(Path(args.out + ".jsonl"), lines)
-        write_whole(Path(args.out + ".report.json"), [json.dumps(report, indent=1) + "\n"])
+        try:
+            write_jsonl(Path(args.out + ".jsonl"), rows)
+            write_json(Path(args.out + ".report.json"), report)
+        except OSError as error:
+            raise UserError(f"{args.out}.jsonl: {error.strerror}; the log is complete: free some "
+                            "space and use --parse-only") from None  # fmt: skip
         print(f"{len(rows):,} examples (--keep {args.keep}) in {args.out}.jsonl, report in "
               f"{args.out}.report.json")  # fmt: skip
     if args.parse_only or args.completions:

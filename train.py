@@ -14,9 +14,6 @@ and renamed. `best/` is the only record of the best student so far.
 
 import argparse
 import contextlib
-import errno
-import fcntl
-import hashlib
 import json
 import math
 import os
@@ -58,10 +55,14 @@ from data import (
     has_split,
     is_correct,
     load_dataset,
+    lock,
     micro_batches,
     round_up,
+    sha256,
     step_examples,
     tokenize_rows,
+    write_json,
+    write_jsonl,
 )
 from dsbs import METHODS, PREFIXES, TARGETS, make_rows, multitask_loss, wanted_label
 from eval import (
@@ -77,7 +78,7 @@ from eval import (
     processes,
     rank_and_world,
 )
-from t5 import shift_right, write_json
+from t5 import shift_right
 
 HERE = Path(__file__).parent
 DEMO_VOCABULARY = HERE / "demo" / "spiece.model"
@@ -274,35 +275,6 @@ def agreed(work: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def lock(folder: Path, held: contextlib.ExitStack) -> None:
-    """Locks the folder while `held` is open; the system unlocks it even after SIGKILL.
-    Filesystems without locks (Lustre without `-o flock`, some NFS) get a warning instead."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = held.enter_context(open(folder / ".lock", "w"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{folder} is in use by another process; wait for it, or give another --out"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise UserError(
-                f"--out {folder}: {error.strerror}; give a folder that can be written"
-            ) from None
-        print(f"warning: {folder}: this filesystem has no locks; start one run in it at a time",
-              file=sys.stderr)  # fmt: skip
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def weights_hashes(folder: Path) -> dict[str, str]:
     """sha256 of a weights folder's config, vocabulary, index and safetensors headers (names,
     shapes and offsets: the whole of an 11B model would take minutes to read)."""
@@ -311,7 +283,7 @@ def weights_hashes(folder: Path) -> dict[str, str]:
         if path.suffix == ".safetensors":
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                hashes[path.name] = hashlib.sha256(file.read(min(size, 1 << 27))).hexdigest()
+                hashes[path.name] = sha256(file.read(min(size, 1 << 27)))
         elif path.suffix == ".bin":
             hashes[path.name] = f"{path.stat().st_size} bytes"
         elif path.name in ("config.json", "spiece.model") or path.name.endswith(".index.json"):
@@ -349,8 +321,9 @@ def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -
     """
     path = out / "run.json"
     if not path.exists():
-        ours = (".lock", "run.json.tmp")  # of a start that was killed
-        others = sorted(p.name for p in out.iterdir() if p.name not in ours)
+        names = sorted(path.name for path in out.iterdir())
+        # A start that was killed may have left a temporary file.
+        others = [name for name in names if name != ".lock" and not name.endswith(".tmp")]
         if others:
             raise UserError(f"{out} is not a run but holds {others[0]!r}; give another --out")
         write_json(path, {"config": asdict(c), "argv": argv, **about})
@@ -1047,7 +1020,7 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
     if data.test is not None:
         summary, rows = evaluation.evaluate(student, data.test, progress="test")
         if rank == 0:
-            evaluation.write_jsonl(out / "predictions.jsonl", rows)
+            write_jsonl(out / "predictions.jsonl", rows)
     kind, gold = evaluation.gold_labels(data.valid if data.test is None else data.test)
     scored = [label for label in gold if label is not None]
     task = get_task(c.dataset)
@@ -1135,7 +1108,7 @@ def run(given: dict, argv: list[str], out: str | None, resume: bool) -> int:
 
         def claim() -> dict | None:
             about = provenance(c)
-            lock(out, held)
+            held.enter_context(lock(out / ".lock"))
             return open_run(c, out, about, argv, resume)
 
         # An existing folder is checked first; a new one is made once all files have been read.

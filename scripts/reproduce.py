@@ -9,7 +9,6 @@ itself checks that a folder there has these settings and these data. Nothing is 
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import queue
@@ -41,6 +40,9 @@ from data import (  # noqa: E402
     has_split,
     is_correct,
     load_dataset,
+    sha256,
+    write_jsonl,
+    write_text,
 )
 from eval import rationale_source  # noqa: E402
 from scripts.tables import (  # noqa: E402
@@ -53,7 +55,6 @@ from scripts.tables import (  # noqa: E402
     Point,
     gather,
     write_results,
-    write_text,
 )
 
 DEMO = Path(os.path.relpath(HERE / "demo"))
@@ -159,7 +160,7 @@ def with_pool(share: float) -> Path:
 @functools.cache  # the same for all seeds
 def shuffled(dataset: str, rationales: str, root: str) -> Path:
     """Writes a teacher's file in which each training example has another one's rationale."""
-    told_apart = hashlib.sha256(f"{dataset} {rationales} {root}".encode()).hexdigest()[:8]
+    told_apart = sha256(f"{dataset} {rationales} {root}".encode())[:8]
     path = INPUTS / f"{Path(dataset).name}-shuffled-{told_apart}.jsonl"
     examples = load_dataset(dataset, "train", root, joined(rationales, dataset))
     examples = [e for e in examples if e.rationale]
@@ -167,7 +168,7 @@ def shuffled(dataset: str, rationales: str, root: str) -> Path:
     other = {order[i]: examples[order[i - 1]].rationale for i in range(len(order))}  # one cycle
     rows = [{"id": e.id, "rationale": other[i], "teacher_label": e.teacher_label}
             for i, e in enumerate(examples)]  # fmt: skip
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     return path
 
 

@@ -8,7 +8,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import shlex
 import sys
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from data import UserError
+from data import UserError, write_text
 
 RESULTS, INPUTS = Path("results"), Path("results/inputs")
 BOTH = ("standard", "step-by-step")
@@ -251,16 +250,6 @@ def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
 
 
 # ---- Files ---------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file at once; leaves one that already has this text, since a run may read it."""
-    if path.exists() and path.read_text() == text:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def read_csv(path: Path) -> list[dict]:

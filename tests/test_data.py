@@ -1,6 +1,9 @@
 """Datasets, their splits and bad input, completions, and the order of batches."""
 
+import errno
+import hashlib
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,15 +16,19 @@ from data import (
     Example,
     UserError,
     data_files,
-    find_task,
     format_answer,
     get_task,
     has_split,
     is_correct,
     load_dataset,
+    lock,
     micro_batches,
     parse_completion,
+    sha256,
     step_examples,
+    write_json,
+    write_jsonl,
+    write_text,
 )
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "datasets"
@@ -45,6 +52,54 @@ def error_of(name, split="train", root="datasets", rationales=None) -> str:
         load_dataset(str(name), split, root, rationales)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+# ---- Files
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "new folder" / "file"
+    write_text(path, "é\n")
+    assert path.read_bytes() == b"\xc3\xa9\n"
+
+    def full(file: int) -> None:
+        assert path.read_bytes() == b"\xc3\xa9\n"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_text(path, "other")
+    assert path.read_text() == "é\n" and list(path.parent.iterdir()) == [path]
+    write_jsonl(path, [{"a": "é"}, {}])
+    assert path.read_text() == '{"a": "é"}\n{}\n'
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "folder" / "log"
+    with lock(path) as file:
+        file.write(b"line\n")
+        with pytest.raises(UserError, match="in use by another process"):
+            lock(path)
+    with lock(path):
+        assert path.read_text() == "line\n"
+    with pytest.raises(UserError, match="--out .*File exists"):
+        lock(path / "below")
+
+    def no_locks(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with lock(path), lock(path):
+        assert capsys.readouterr().err.count("warning: ") == 2
+
+
+def test_sha256_of_bytes_and_of_a_file(tmp_path: Path) -> None:
+    content = b"0123456789" * 200_000  # more than one piece
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(content) == sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 # ---- Real data
@@ -276,8 +331,7 @@ def test_a_task_stands_for_its_name(closed: str) -> None:
     task = get_task(closed)
     Path(closed, "task.json").unlink()
     write(Path(closed, "train.jsonl"), example(1), example(2))
-    assert get_task(task) is find_task(task) is task
-    assert find_task(closed).labels is None, "no file of the folder is read"
+    assert get_task(task) is task
     assert data_files(task, "train") == data_files(closed, "train")
     assert load_dataset(task, "train") == load_dataset(closed, "train")
     assert parse_completion(task, "r So the answer is no-go.") == ("r", "no-go")
@@ -549,13 +603,13 @@ def test_answers_are_written_as_they_are_read(closed: str, free: str) -> None:
 
 
 def test_hostile_completions_are_quick() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for junk in ("(", " ", "\n", "\n ", ". ", "(1+", "The answer is (", "So the answer is (a) ",
                  "Answer: neutral or ", "Q: ", "\0", "and (", "((1) and "):  # fmt: skip
         for name in ("svamp", "cqa", "esnli", "anli1"):
             parse_completion(name, junk * 2_000)
             parse_completion(name, TASKS[name].marker + junk * 2_000)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_text_is_right_when_equal_after_strip() -> None:
