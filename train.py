@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -113,120 +113,156 @@ def by_size(name: str) -> str:
     return "; default " + ", ".join(f"{v} ({' '.join(names)})" for v, names in sizes.items())
 
 
-def flag(default: Any, help: str) -> Any:
-    """A field of Config that is also a flag of train.py, with its help text."""
-    return field(default=default, metadata={"help": help})
+class Bound(NamedTuple):
+    """A condition on a number, in words and as a test, which NaN fails."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+COUNT = Bound("at least 1", lambda x: x >= 1)
+NATURAL = Bound("at least 0", lambda x: x >= 0)
+SHARE = Bound("above 0 and at most 1", lambda x: 0 < x <= 1)
+POSITIVE = Bound("a positive number", lambda x: 0 < x < math.inf)
+WEIGHT = Bound("0 or a positive number", lambda x: 0 <= x < math.inf)
+PROBABILITY = Bound("at least 0 and below 1", lambda x: 0 <= x < 1)
+
+
+def flag(default: Any, help: str, allowed: Iterable[str] | Bound | None = None) -> Any:
+    """A field of Config that is a flag of train.py: its default, help text and allowed values."""
+    return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 @dataclass
 class Config:
     """The settings of a run and its flags. `resolve` fills in each None; `run.json` stores all."""
 
-    size: str = flag("tiny", f"{', '.join(RECIPES)}; default tiny")
-    weights: str | None = flag(None, "a Hugging Face T5 folder, or random; default random for "
-                               "tiny, else weights/t5-v1_1-SIZE")  # fmt: skip
-    dataset: str | None = flag(None, "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; "
-                               "default demo for tiny, else esnli")  # fmt: skip
+    size: str = flag("tiny", f"{', '.join(RECIPES)}; default tiny", RECIPES)
+    weights: str | None = flag(
+        None,
+        "a Hugging Face T5 folder, or random; default random for tiny, else weights/t5-v1_1-SIZE",
+    )
+    dataset: str | None = flag(
+        None,
+        "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default demo for tiny, else esnli",
+    )
     data_root: str = flag("datasets", "folder of the benchmarks; default datasets")
-    method: str = flag("step-by-step", f"{', '.join(METHODS)}; default step-by-step")
-    labels: str = flag("human", "human or teacher; default human")
-    rationales: list[str] | None = flag(None, "palm, neox, human, or a teacher's .jsonl files; "
-                                        "default palm for the benchmarks")  # fmt: skip
-    prefixes: str = flag("paper", "paper or released; default paper")
-    fraction: float = flag(1.0, "share of the training examples, above 0 and at most 1; default 1")
-    augment: str | None = flag(None, "asdiv: train on its problems too, with a teacher's labels")
-    augment_fraction: float = flag(1.0, "share of the augmenting examples; default 1")
-    steps: int | None = flag(None, "optimizer steps" + by_size("steps"))
-    batch_size: int | None = flag(None, "examples in an optimizer step, over all processes"
-                                  + by_size("batch_size"))  # fmt: skip
-    lr: float | None = flag(None, "learning rate at the start; falls linearly to 0" + by_size("lr"))
-    lam: float = flag(1.0, "lambda of Eq. 3; default 1")
-    dropout: float = flag(0.1, "default 0.1")
-    seed: int = flag(0, "default 0")
-    eval_every: int | None = flag(None, "steps between evaluations" + by_size("eval_every"))
+    method: str = flag("step-by-step", f"{', '.join(METHODS)}; default step-by-step", METHODS)
+    labels: str = flag("human", "human or teacher; default human", ("human", "teacher"))
+    rationales: list[str] | None = flag(
+        None, "palm, neox, human, or a teacher's .jsonl files; default palm for the benchmarks"
+    )
+    prefixes: str = flag("paper", "paper or released; default paper", PREFIXES)
+    fraction: float = flag(1.0, "share of the training examples; default 1", SHARE)
+    augment: str | None = flag(
+        None, "asdiv: train on its problems too, with a teacher's labels", ("asdiv",)
+    )
+    augment_fraction: float = flag(1.0, "share of the augmenting examples; default 1", SHARE)
+    steps: int | None = flag(None, "optimizer steps" + by_size("steps"), COUNT)
+    batch_size: int | None = flag(
+        None, "examples in a step, over all processes" + by_size("batch_size"), COUNT
+    )
+    lr: float | None = flag(
+        None, "learning rate at the start; falls linearly to 0" + by_size("lr"), POSITIVE
+    )
+    lam: float = flag(1.0, "lambda of Eq. 3; default 1", WEIGHT)
+    dropout: float = flag(0.1, "default 0.1", PROBABILITY)
+    seed: int = flag(0, "default 0", NATURAL)
+    eval_every: int | None = flag(None, "steps between evaluations" + by_size("eval_every"), COUNT)
     device: str | None = flag(None, "cpu, cuda or cuda:N; default: a GPU where there is one")
-    precision: str | None = flag(None, "fp32 or bf16; default bf16 on CUDA, fp32 on CPU")
+    precision: str | None = flag(
+        None, "fp32 or bf16; default bf16 on CUDA, fp32 on CPU", ("fp32", "bf16")
+    )
     # MAY_CHANGE: these may change when a run is resumed. They do not change what it computes,
     # except that other micro-batches draw other dropout masks.
-    save_every: int | None = flag(None, "steps between saved states; default --eval-every")
-    micro_tokens: int | None = flag(None, "most padded places (source + target) in one forward "
-                                    "pass on one device" + by_size("micro_tokens"))  # fmt: skip
-    parallel: str | None = flag(None, "none, ddp or fsdp; default under torchrun: fsdp for xl and "
-                                "xxl, else ddp")  # fmt: skip
-    recompute: bool | None = flag(None, "recompute activations in the backward pass"
-                                  + by_size("recompute"))  # fmt: skip
+    save_every: int | None = flag(None, "steps between saved states; default --eval-every", COUNT)
+    micro_tokens: int | None = flag(
+        None,
+        "most padded places (source + target) in one forward pass on one device"
+        + by_size("micro_tokens"),
+        COUNT,
+    )
+    parallel: str | None = flag(
+        None,
+        "none, ddp or fsdp; default under torchrun: fsdp for xl and xxl, else ddp",
+        ("none", "ddp", "fsdp"),
+    )
+    recompute: bool | None = flag(
+        None, "recompute activations in the backward pass" + by_size("recompute")
+    )
     compile: bool = flag(False, "compile the model's blocks, for GPUs; default no")
 
 
 MAY_CHANGE = {"save_every", "micro_tokens", "parallel", "recompute", "compile"}
 
 
-def one_of(flag: str, value: str, allowed: Iterable[str]) -> None:
-    """UserError unless the flag's value is an allowed one."""
-    if value not in allowed:
-        raise UserError(f"--{flag} {value!r} is unknown; allowed: {', '.join(allowed)}")
+def check_values(c: Config) -> None:
+    """UserError for the first setting whose value is not allowed."""
+    for setting in fields(c):
+        name, value = f"--{setting.name.replace('_', '-')}", getattr(c, setting.name)
+        allowed = setting.metadata["allowed"]
+        if value is None or allowed is None:
+            continue
+        if isinstance(allowed, Bound) and not allowed.holds(value):
+            raise UserError(f"{name} {value}: must be {allowed.words}")
+        if not isinstance(allowed, Bound) and value not in allowed:
+            raise UserError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
 def resolve(config: Config) -> Config:
     """Fills in what follows from the rest and checks it; UserError for what cannot be run."""
     c = Config(**asdict(config))
-    one_of("size", c.size, RECIPES)
-    one_of("method", c.method, METHODS)
-    one_of("labels", c.labels, ("human", "teacher"))
-    one_of("prefixes", c.prefixes, PREFIXES)
-    c.weights = c.weights or ("random" if c.size == "tiny" else f"weights/t5-v1_1-{c.size}")
-    c.dataset = c.dataset or ("demo" if c.size == "tiny" else "esnli")
-    get_task(c.dataset)
-    if c.dataset == "asdiv":
-        raise UserError("--dataset asdiv has no labels and no test split: it only augments svamp; "
-                        "allowed: the other names, or a folder")  # fmt: skip
-    if isinstance(c.rationales, str):  # run.json stores a name without a list
-        c.rationales = [c.rationales]
-    uses = c.method != "standard" or c.labels == "teacher"
-    c.rationales = evaluation.rationale_source(c.rationales, c.dataset, uses)
-    if c.augment:
-        one_of("augment", c.augment, ("asdiv",))
-        if get_task(c.dataset).scorer != "arithmetic":
-            raise UserError(f"--augment {c.augment} with --dataset {c.dataset}: its answers are "
-                            "equations; allowed: svamp")  # fmt: skip
-        if not split_rationales(c, "augment"):
-            raise UserError(f"--augment {c.augment} needs a teacher's answers to it; annotate it "
-                            f"with `python teacher.py --dataset {c.augment}` and add the file to "
-                            f"--rationales, which may be `palm teacher/{c.augment}.train.jsonl`")
-    elif isinstance(c.rationales, list) and set(c.rationales) & set(NAMED):
-        raise UserError(f"--rationales {' '.join(c.rationales)}: allowed are one of "
-                        f"{', '.join(NAMED)}, or files; both together are for --augment")
+    check_values(c)
     for name, value in RECIPES[c.size].items():
         if getattr(c, name) is None:
             setattr(c, name, value)
-    c.save_every = c.eval_every if c.save_every is None else c.save_every
+    c.weights = c.weights or ("random" if c.size == "tiny" else f"weights/t5-v1_1-{c.size}")
+    c.dataset = c.dataset or ("demo" if c.size == "tiny" else "esnli")
+    c.save_every = c.save_every or c.eval_every
     device = choose_device(c.device)
     c.device = device.type
     c.precision = c.precision or ("bf16" if device.type == "cuda" else "fp32")
-    one_of("precision", c.precision, ("fp32", "bf16"))
+    resolve_rationales(c)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    one_of("parallel", c.parallel or "none", ("none", "ddp", "fsdp"))
     if c.parallel == "none" and world > 1:
-        raise UserError(f"--parallel none with {world} processes would train {world} models; "
-                        "allowed: ddp, fsdp")
+        raise UserError(
+            f"--parallel none with {world} processes would train {world} models; allowed: ddp, fsdp"
+        )
     if world == 1:
         c.parallel = "none"
     elif c.parallel is None:
         c.parallel = default_parallel(c.size)
-    counted = ("steps", "batch_size", "eval_every", "save_every", "micro_tokens")
-    bounds = {name: (getattr(c, name) >= 1, "at least 1") for name in counted}
-    bounds |= {  # also refuses NaN
-        "seed": (c.seed >= 0, "at least 0"),
-        "fraction": (0 < c.fraction <= 1, "above 0 and at most 1"),
-        "augment_fraction": (0 < c.augment_fraction <= 1, "above 0 and at most 1"),
-        "lr": (0 < c.lr < math.inf, "a positive number"),
-        "lam": (0 <= c.lam < math.inf, "0 or a positive number"),
-        "dropout": (0 <= c.dropout < 1, "at least 0 and below 1"),
-    }
-    for name, (fine, allowed) in bounds.items():
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be {allowed}")
     return c
+
+
+def resolve_rationales(c: Config) -> None:
+    """Fills in --rationales; UserError where it, --dataset and --augment do not fit together."""
+    task = get_task(c.dataset)
+    if c.dataset == "asdiv":
+        raise UserError(
+            "--dataset asdiv has no labels and no test split: it only augments svamp; "
+            "allowed: the other names, or a folder"
+        )
+    if isinstance(c.rationales, str):  # run.json stores a name without a list
+        c.rationales = [c.rationales]
+    uses = c.method != "standard" or c.labels == "teacher"
+    c.rationales = evaluation.rationale_source(c.rationales, c.dataset, uses)
+    if c.augment and task.scorer != "arithmetic":
+        raise UserError(
+            f"--augment {c.augment} with --dataset {c.dataset}: its answers are equations; "
+            "allowed: svamp"
+        )
+    if c.augment and not split_rationales(c, "augment"):
+        raise UserError(
+            f"--augment {c.augment} needs a teacher's answers to it; annotate it "
+            f"with `python teacher.py --dataset {c.augment}` and add the file to "
+            f"--rationales, which may be `palm teacher/{c.augment}.train.jsonl`"
+        )
+    if not c.augment and isinstance(c.rationales, list) and set(c.rationales) & set(NAMED):
+        raise UserError(
+            f"--rationales {' '.join(c.rationales)}: allowed are one of "
+            f"{', '.join(NAMED)}, or files; both together are for --augment"
+        )
 
 
 def default_parallel(size: str) -> str:
@@ -293,23 +329,17 @@ def weights_hashes(folder: Path) -> dict[str, str]:
 
 def provenance(c: Config) -> dict:
     """All that decides a run's result besides its configuration: data, weights, code, versions."""
-    paths = set(map(Path, split_rationales(c, "augment")))
-    for split in ["train", "valid"] + ["test"] * has_split(c.dataset, "test", c.data_root):
-        paths.update(data_files(c.dataset, split, c.data_root, split_rationales(c, split)))
-    if c.augment:
-        paths.update(data_files(c.augment, "train", c.data_root))
-    facts = [path.with_name("task.json") for path in paths if path.name == "train.jsonl"]
-    paths.update(path for path in facts if path.is_file())
-    weights = {"spiece.model": sha256(DEMO_VOCABULARY)}
-    if c.weights != "random":
-        weights = weights_hashes(Path(c.weights))
+    paths = {path for paths in input_files(c).values() for path in paths}
+    described = {path.with_name("task.json") for path in paths if path.name == "train.jsonl"}
+    paths |= set(filter(Path.is_file, described))
+    random = c.weights == "random"
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
-        "data_sha256": {str(p): sha256(p) if p.is_file() else None for p in sorted(paths)},
-        "weights_sha256": weights,
+        "data_sha256": {str(path): sha256(path) for path in sorted(paths)},
+        "weights_sha256": weights_hashes(HERE / "demo" if random else Path(c.weights)),
         "git_sha": git.stdout.strip() or None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__},
+        "versions": {**versions, "numpy": np.__version__},
     }
 
 
@@ -346,8 +376,9 @@ def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     if not resume:
-        raise UserError(f"{out} holds an unfinished run; continue it with --resume, "
-                        "or give another --out")
+        raise UserError(
+            f"{out} holds an unfinished run; continue it with --resume, or give another --out"
+        )
     return None
 
 
@@ -564,6 +595,38 @@ def split_rationales(c: Config, split: str) -> str | list[str] | None:
     return source if needed else None
 
 
+def input_files(c: Config) -> dict[str, list[Path]]:
+    """Every data file that the run reads, by what it is from."""
+    answers, own = list(map(Path, split_rationales(c, "augment"))), []
+    # A folder of your own may do without test.
+    tested = c.dataset in TASKS or has_split(c.dataset, "test", c.data_root)
+    for split in ("train", "valid", "test") if tested else ("train", "valid"):
+        own += data_files(c.dataset, split, c.data_root, split_rationales(c, split))
+    files = {get_task(c.dataset).source: [path for path in own if path not in answers]}
+    if c.augment:
+        files[get_task(c.augment).source] = data_files(c.augment, "train", c.data_root)
+    return {**files, "teacher.py, or --rationales is mistyped": answers}
+
+
+def check_files(c: Config) -> None:
+    """UserError that names all weights and data files that are missing, each with what fetches
+    it, before anything is read."""
+    missing = []
+    if c.weights != "random" and not Path(c.weights).is_dir():
+        name = f"t5-v1_1-{c.size}"
+        missing.append(
+            f"--weights {c.weights} does not exist; fetch it with `hf download google/{name} "
+            f"--local-dir weights/{name}`, or allowed: another Hugging Face T5 folder, or random "
+            "(untrained)"
+        )
+    for source, paths in input_files(c).items():
+        if lost := [str(path) for path in dict.fromkeys(paths) if not path.is_file()]:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            missing.append(f"{', '.join(lost[:3])}{more}: No such file; from {source}")
+    if missing:
+        raise UserError("; and ".join(missing))
+
+
 def augmenting(c: Config, counts: Counter) -> list[Example]:
     """That part of ASDiv, its teacher's labels as labels (Figures 7 and 9)."""
     files = split_rationales(c, "augment")
@@ -614,12 +677,16 @@ def prepare(c: Config) -> Data:
     examples = own + more
     usable = [e for e in examples if wanted_label(e, c.labels) is not None]
     if not usable:
-        raise UserError(f"none of {len(examples)} training examples has a {c.labels} label; "
-                        "give --rationales that carry teacher labels, or other --labels")
+        raise UserError(
+            f"none of {len(examples)} training examples has a {c.labels} label; "
+            "give --rationales that carry teacher labels, or other --labels"
+        )
     bare = sum(not e.rationale for e in usable)
     if c.method != "standard" and bare == len(usable):
-        raise UserError(f"--method {c.method} needs rationales and no training example has one; "
-                        "give --rationales, or --method standard")
+        raise UserError(
+            f"--method {c.method} needs rationales and no training example has one; "
+            "give --rationales, or --method standard"
+        )
     made = make_rows(usable, c.method, c.labels, c.prefixes, c.dataset)
     rows = tokenize_rows(made, tokenizer)
     share = lambda part, whole: f"{part:,} ({100 * part / max(whole, 1):.2f} %)"  # noqa: E731
@@ -728,34 +795,6 @@ def recompute(block: nn.Module) -> None:
         return plain(*inputs)
 
     block.forward = forward
-
-
-def check_files(c: Config) -> None:
-    """UserError that names all weights and data files that are missing, each with what fetches
-    it, before anything is read."""
-    missing = []
-    if c.weights != "random" and not Path(c.weights).is_dir():
-        name = f"t5-v1_1-{c.size}"
-        missing.append(
-            f"--weights {c.weights} does not exist; fetch it with `hf download google/{name} "
-            f"--local-dir weights/{name}`, or allowed: another Hugging Face T5 folder, or random "
-            "(untrained)"
-        )
-    answers, own = list(map(Path, split_rationales(c, "augment"))), []
-    # A folder of your own may do without test.
-    tested = c.dataset in TASKS or has_split(c.dataset, "test", c.data_root)
-    for split in ("train", "valid", "test") if tested else ("train", "valid"):
-        own += data_files(c.dataset, split, c.data_root, split_rationales(c, split))
-    sources = {get_task(c.dataset).source: [path for path in own if path not in answers],
-               "teacher.py, or --rationales is mistyped": answers}  # fmt: skip
-    if c.augment:
-        sources[get_task(c.augment).source] = data_files(c.augment, "train", c.data_root)
-    for source, paths in sources.items():
-        if lost := [str(path) for path in dict.fromkeys(paths) if not path.is_file()]:
-            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            missing.append(f"{', '.join(lost[:3])}{more}: No such file; from {source}")
-    if missing:
-        raise UserError("; and ".join(missing))
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -1043,8 +1082,11 @@ def show_result(c: Config, out: Path, result: dict) -> None:
     print0(
         f"valid accuracy {result['valid_accuracy']:.4f} (best of all evaluations, step "
         f"{result['best_step']})\n"
-        + (f"test accuracy  {test:.4f} ({result['n_test']} examples, {result['labels']} labels; "
-           if test is not None else "test accuracy  none: the data set has no test split (")
+        + (
+            f"test accuracy  {test:.4f} ({result['n_test']} examples, {result['labels']} labels; "
+            if test is not None
+            else "test accuracy  none: the data set has no test split ("
+        )
         + f"the most frequent training label alone: {result['majority_accuracy']:.4f})\n"
         f"the student is in {out / 'best'}; use it with\n"
         f"  python eval.py {out / 'best'} --predict inputs.txt"
