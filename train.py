@@ -476,14 +476,13 @@ def latest_state(out: Path) -> Path | None:
     return max((out / "state").glob("step-*[0-9]"), default=None)
 
 
-def named_tensors(model: nn.Module, optimizer=None) -> dict[str, Tensor]:
-    """Weights, and AdamW's moments if there is an optimizer, by name; of a sharded model this
-    rank's parts."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    if optimizer:
-        for name, p in model.named_parameters():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"optimizer.{name}.{moment}"] = optimizer.state[p][moment]
+def named_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
+    """Weights and AdamW's moments by name, all float32; this rank's shards of a sharded model."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"optimizer.{name}.{moment}"] = optimizer.state[p][moment]
     return tensors
 
 
