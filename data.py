@@ -364,11 +364,11 @@ def load_dataset(
     elif answers:
         tasks = [task, *([get_task(mixed_with)] if mixed_with else [])]
         others = [(t, s) for t in tasks for s in t.splits if (t, s) != (task, split)]
-        other_ids = functools.cache(
-            lambda: {
-                e.id for t, s in others if has_split(t, s, root) for e in load_dataset(t, s, root)
-            }
-        )
+        others = [(t, s) for t, s in others if has_split(t, s, root)]
+
+        def other_ids() -> set[str]:
+            return {example.id for t, s in others for example in load_dataset(t, s, root)}
+
         counts["teacher_ids_unmatched"] += _join_files(task, examples, answers, other_ids)
     if task.cut and split != "test":
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]

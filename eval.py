@@ -3,8 +3,8 @@
     python eval.py runs/NAME/best --dataset svamp --split test
     python eval.py runs/NAME/best --predict inputs.jsonl --explain
 
-This file owns loading a student folder, prediction, scoring and `predictions.jsonl`. It knows
-nothing of optimizers or training state.
+This file owns process groups and devices, the student folder, prediction, scoring and
+`predictions.jsonl`. It knows nothing of optimizers or training state.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +28,11 @@ from tqdm import tqdm
 
 from data import (
     MAX_SOURCE,
+    SPLITS,
     Example,
+    Rationales,
+    Task,
+    Text,
     Tokenizer,
     UserError,
     get_task,
@@ -36,64 +40,68 @@ from data import (
     load_dataset,
     pad,
     parse_completion,
+    read_example,
+    read_records,
     write_jsonl,
 )
 from dsbs import METHODS, PREFIXES, RATIONALE, make_source
 from t5 import T5
 
-STUDENT = T5  # a fork puts its own class here: nothing else names the architecture
+STUDENT = T5  # a fork assigns its own class: no other line names the architecture
 
 LABEL_TOKENS, RATIONALE_TOKENS = 64, 256  # greedy decoding; the released code's 64 cuts rationales
-MAX_TOKENS = 8_192  # source tokens in a batch that is decoded
+MAX_TOKENS = 8_192  # source tokens in one batch of prediction, padding included
 MULTIPLE = {"cpu": 1, "cuda": 8}  # lengths are rounded up: CUDA's attention wants aligned biases
 TIMEOUT = 600.0  # seconds that a rank waits for another
-NAMED = ("palm", "neox", "human")  # --rationales that are not a teacher's files
+NAMED = ("palm", "neox", "human")  # values of --rationales that are not a teacher's files
 
 
-# ----------------------------------------------------------------------------- processes
+# ---- Processes -----------------------------------------------------------------------------------
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are: (0, 1) without torchrun."""
+    """Returns this process's rank and the number of processes: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def print0(*words: Any, file=None) -> None:
-    """Prints on rank 0 alone, past a progress bar if there is one."""
+    """Prints on rank 0 alone, above a progress bar if there is one. `file`: default stdout."""
     if rank_and_world()[0] == 0:
         tqdm.write(" ".join(map(str, words)), file=file or sys.stdout)
         (file or sys.stdout).flush()
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`cpu`, `cuda`, `cuda:N` or None for the best there is; under torchrun LOCAL_RANK's GPU."""
-    allowed = "allowed: cpu" + (", cuda, cuda:N" if torch.cuda.is_available() else
-                                " (this torch finds no CUDA device)")
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Returns the device for `cpu`, `cuda`, `cuda:N`, or None for the best one. Under torchrun a
+    rank gets the GPU of its LOCAL_RANK. UserError where there is no such device."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    allowed = "allowed: cpu" + (", cuda, cuda:N" if cards else " (this torch finds no CUDA device)")
+    name = name or ("cuda" if cards else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name!r} is unknown; {allowed}") from None
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        device = torch.device("cuda", device.index if alone and device.index else local)
-        if 0 < (count := torch.cuda.device_count()) <= device.index and not alone:
-            raise UserError(f"rank {os.environ['RANK']} wants GPU {local} of {count}; allowed: "
-                            f"--nproc_per_node={count} at most")  # fmt: skip
-    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
-    if (device.index or 0) >= there:
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        device = torch.device("cuda", local if several else device.index or local)
+        if several and 0 < cards <= local:
+            raise UserError(
+                f"rank {os.environ['RANK']} needs GPU {local} and this machine has {cards}; "
+                f"allowed: --nproc_per_node={cards} at most"
+            )
+    if (device.index or 0) >= {"cpu": 1, "cuda": cards}.get(device.type, 0):
         raise UserError(f"--device {name!r} is not available; {allowed}")
     return device
 
 
 @contextlib.contextmanager
 def processes(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
-    """The process group of torchrun's environment, if there is one: NCCL on GPUs, gloo on CPUs.
-    A rank that waits for another for longer than `timeout` seconds gives up.
+    """Opens the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on
+    CPUs. A rank that waits for another for longer than `timeout` seconds raises.
 
-    After an exception the group is not taken down: under NCCL that can wait for ever for
-    collectives that the other ranks never join. The program prints the error and leaves (`leave`).
+    After an exception the group stays open: under NCCL, destroy_process_group can wait for ever for
+    collectives that the other ranks never join. The program prints the error and exits (`leave`).
     https://github.com/NVIDIA/nccl/issues/863
     """
     if device.type == "cuda":
@@ -122,17 +130,17 @@ class Interrupted(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on, though its flags are fine; what it saved is kept."""
+    """A run cannot continue, though its flags are right; what it saved stays."""
 
 
 def exit_status(program: Callable[[], int]) -> int:
-    """What a program returns, or the status of what ended it, which is printed: 2 for a user's
-    mistake and 1 for a RunError, each in one line; 1, with the whole traceback, for all else."""
+    """Runs a program and returns its exit status. Prints what ended it: one line and status 2 for a
+    UserError, one line and 1 for a RunError, the traceback and 1 for any other exception."""
     try:
         return program()
     except (UserError, RunError) as error:
-        # Mostly the same on every rank: the first of a machine prints it, and then torchrun ends
-        # the others. A rank that is alone with it prints it a moment later.
+        # Mostly all ranks raise the same error: the first rank of a machine prints it, and then
+        # torchrun ends the others. A rank that raises alone prints two seconds later.
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             time.sleep(2)
         print(f"error: {error}", file=sys.stderr)
@@ -146,9 +154,9 @@ def exit_status(program: Callable[[], int]) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the program, and a rank at once: in the interpreter's own shutdown a thread of gloo that
-    still lets go of a collective's tensor aborts the process, and so the whole job, now and then
-    (https://github.com/pytorch/pytorch/issues/190489)."""
+    """Exits the program. A rank exits without the interpreter's shutdown, in which a gloo thread
+    that releases a collective's tensor can abort the process, and with it the whole job:
+    https://github.com/pytorch/pytorch/issues/190489"""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -157,37 +165,41 @@ def leave(status: int) -> NoReturn:
 
 
 def fresh_store(store: dist.Store, rank: int, world: int, deadline: float) -> dist.Store:
-    """torchrun's store outlives its workers, and so do the addresses of those that a restart
-    (--max-restarts) replaced: rank 0 names a part of it that is new, to each that asks now."""
+    """Returns a part of torchrun's store that no earlier attempt has written to.
+
+    The store outlives the workers: after a restart (--max-restarts) it still holds the addresses
+    of the workers that it replaced. So each rank asks rank 0 under a new name, and rank 0 answers
+    with a prefix. UserError on rank 0 if a rank has not asked by `deadline` (time.monotonic()).
+    """
     if rank > 0:
         me = uuid.uuid4().hex
         store.set(f"hello/{rank}", me)
-        name = store.get(f"answer/{me}").decode()
-        store.set(f"{name}/{rank}", "heard")
-        return dist.PrefixStore(name, store)
-    name, silent = uuid.uuid4().hex, set(range(1, world))
-    while silent := {other for other in silent if not store.check([f"{name}/{other}"])}:
+        prefix = store.get(f"answer/{me}").decode()
+        store.set(f"{prefix}/{rank}", "received")
+        return dist.PrefixStore(prefix, store)
+    prefix, silent = uuid.uuid4().hex, set(range(1, world))
+    while silent := {other for other in silent if not store.check([f"{prefix}/{other}"])}:
         for other in silent:
-            if store.check([f"hello/{other}"]):  # from this attempt, or an earlier one
-                store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
+            if store.check([f"hello/{other}"]):  # of this attempt, or of an earlier one
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", prefix)
         if time.monotonic() > deadline:
-            raise UserError(f"ranks {sorted(silent)} did not come within --timeout")
+            raise UserError(f"ranks {sorted(silent)} did not start within --timeout")
         time.sleep(0.02)
-    return dist.PrefixStore(name, store)
+    return dist.PrefixStore(prefix, store)
 
 
-# ---------------------------------------------------------------------------- a student folder
+# ---- A student folder ----------------------------------------------------------------------------
 
 
 @dataclass
 class Student:
-    """A trained model with what is needed to ask it: `dsbs.json` of its folder."""
+    """A trained model, and what its folder's `dsbs.json` says about how to use it."""
 
     model: nn.Module
     tokenizer: Tokenizer
-    method: str
-    prefixes: str
-    dataset: str  # whose answer form and scorer it learnt
+    method: str  # a key of METHODS
+    prefixes: str  # a key of PREFIXES
+    dataset: str  # gives the form of an answer, and the scorer
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
     interrupted: Callable[[], int] = lambda: 0  # the number of a signal that this rank got, or 0
@@ -221,7 +233,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_student(folder: str | os.PathLike, device: torch.device, precision: str) -> Student:
-    """From `runs/NAME/best`: model, vocabulary and `dsbs.json`. UserError says what is missing."""
+    """Loads a student folder such as `runs/NAME/best`. UserError says what is missing or damaged.
+    With precision bf16 the weights are bfloat16, since prediction needs no others."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a student such as runs/NAME/best")
@@ -237,16 +250,16 @@ def load_student(folder: str | os.PathLike, device: torch.device, precision: str
         raise UserError(f"{folder / 'dsbs.json'} is damaged: {error!r}") from None
     tokenizer = load_tokenizer(folder)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = load_model(folder).to(device=device, dtype=dtype)  # cast once, and moved after that
+    model = load_model(folder).to(device=device, dtype=dtype)
     return Student(model, tokenizer, method, prefixes, dataset, device, precision)
 
 
-# ---------------------------------------------------------------------------------- prediction
+# ---- Prediction ----------------------------------------------------------------------------------
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 matrix products on fp32 weights, or nothing for fp32. The cache of cast weights is off:
-    it would hold a second copy of the model from one micro-batch to the next."""
+    """Returns a context in which matrix products of fp32 weights run in bf16; for fp32 it changes
+    nothing. Its cache of cast weights is off: it would hold a second copy of the model."""
     return torch.autocast(
         device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
     )
@@ -254,9 +267,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """change(p) instead of each parameter p, for a while; p itself is not touched."""
-    before = [(module, name, p) for module in model.modules()
-              for name, p in module._parameters.items() if p is not None]  # fmt: skip
+    """Replaces each parameter p by change(p) inside the context; p itself does not change. A
+    parameter that several modules share is still shared."""
+    before = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
+    before = [(module, name, p) for module, name, p in before if p is not None]
     after = {p: nn.Parameter(change(p.detach())) for p in dict.fromkeys(p for *_, p in before)}
     for module, name, p in before:
         setattr(module, name, after[p])
@@ -269,7 +283,8 @@ def replaced(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """A sharded model (FSDP) put together once on every rank, in the dtype it computes in."""
+    """Gathers a sharded model (FSDP2) once on every rank, in the dtype that it computes in.
+    https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html"""
     units = [module for module in model.modules() if hasattr(module, "unshard")]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -282,9 +297,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def ready(model: nn.Module, precision: str) -> contextlib.AbstractContextManager:
-    """Weights as decoding wants them, for as long as it lasts: whole on every rank, so that no
-    token needs the others, and in the dtype that the products compute in, so that no token casts
-    them. Training's own weights stay as they are, sharded and in float32."""
+    """Returns a context with the weights that decoding needs: complete on every rank, so that no
+    token waits for other ranks, and in the dtype of the products, so that no token casts them.
+    Training's own weights stay sharded and in float32."""
     if hasattr(model, "unshard"):
         return gathered(model)
     if precision == "bf16":
@@ -294,64 +309,59 @@ def ready(model: nn.Module, precision: str) -> contextlib.AbstractContextManager
 
 def generate_texts(
     student: Student,
-    sources: list[str | tuple[str, ...]],
+    sources: list[Text],
     max_new_tokens: int,
     batch_size: int = 64,
     progress: str | None = None,
 ) -> list[str]:
-    """One greedy completion per source, in the order given, on every rank.
+    """Returns one greedy completion for each source, in the order of `sources`, on every rank.
 
-    Sources are sorted by length into batches (of at most MAX_TOKENS, padding included) and the
-    batches dealt to the ranks, so that each source is decoded once. Where a rank got a signal
-    (`student.interrupted`), all ranks raise Interrupted.
+    Sources are sorted by length into batches of at most `batch_size` rows and MAX_TOKENS source
+    tokens; rank r decodes every world-th batch from the r-th on, so that one rank decodes each
+    source. `progress` names the progress bar. Where a rank got a signal (`student.interrupted`),
+    all ranks raise Interrupted.
     """
     rank, world = rank_and_world()
-    ids = student.tokenizer.encode_batch(sources, MAX_SOURCE)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    model, device, tokenizer = student.model, student.device, student.tokenizer
+    ids = tokenizer.encode_batch(sources, MAX_SOURCE)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first
     batches = []
-    while order:  # the longest first
+    while order:
         rows = max(1, min(batch_size, MAX_TOKENS // len(ids[order[0]])))
         batches, order = [*batches, order[:rows]], order[rows:]
-    model, device, mine = student.model, student.device, {}
-    was_training = model.training
+    quiet = rank > 0 or not progress or not sys.stderr.isatty()
+    bar = tqdm(batches[rank::world], desc=progress, leave=False, disable=quiet)
+    texts, was_training = {}, model.training
     model.eval()
-    bar = tqdm(
-        batches[rank::world], desc=progress, leave=False,
-        disable=rank > 0 or not progress or not sys.stderr.isatty(),
-    )
     with torch.no_grad(), ready(model, student.precision), autocast(device, student.precision):
         for batch in bar:
             if student.interrupted():
                 break
             rows = [ids[i] for i in batch]
-            input_ids = pad(rows, student.tokenizer.pad_id, MULTIPLE[device.type])
-            mask = pad([[1] * len(row) for row in rows], 0, MULTIPLE[device.type])
-            tokens = model.generate(
-                torch.from_numpy(input_ids).to(device),
-                torch.from_numpy(mask).to(device),
-                max_new_tokens=max_new_tokens,
-            )
-            for i, row in zip(batch, tokens.tolist()):
-                mine[i] = student.tokenizer.decode(row)
+            input_ids = pad(rows, tokenizer.pad_id, MULTIPLE[device.type])  # (B, S) int64
+            mask = pad([[1] * len(row) for row in rows], 0, MULTIPLE[device.type])  # (B, S)
+            inputs = (torch.from_numpy(array).to(device) for array in (input_ids, mask))
+            tokens = model.generate(*inputs, max_new_tokens=max_new_tokens)  # (B, T)
+            texts |= {i: tokenizer.decode(row) for i, row in zip(batch, tokens.tolist())}
     model.train(was_training)
-    parts = [(mine, student.interrupted())]
+    parts = [(texts, student.interrupted())] * world
     if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, (mine, student.interrupted()))
-    if number := max(number for _, number in parts):
-        raise Interrupted(number)
+        dist.all_gather_object(parts, parts[0])
+    if signal := max(signal for _, signal in parts):
+        raise Interrupted(signal)
     texts = {i: text for part, _ in parts for i, text in part.items()}
-    assert len(texts) == len(sources), "each source is decoded exactly once"
+    assert len(texts) == len(sources), "one rank decodes each source"
     return [texts[i] for i in range(len(sources))]
 
 
 def predict(
     student: Student, examples: list[Example], explain: bool = False, progress: str | None = None
 ) -> list[dict]:
-    """{"id", "prediction"} for each example, with "rationale" too if asked to explain.
+    """Returns {"id", "prediction"} for each example, and "rationale" if `explain`.
 
-    A single-task student's text is parsed into rationale and label; where it holds no answer
-    the prediction is empty, never a guess.
+    The text of a single-task student is parsed into rationale and label; where it has no answer,
+    the prediction is empty, never a guess. UserError for `explain` where the method teaches no
+    rationales.
     """
     if explain and not METHODS[student.method].explains:
         able = ", ".join(name for name, method in METHODS.items() if method.explains)
@@ -359,30 +369,31 @@ def predict(
             f"--explain: this student was trained with {student.method}, which teaches no "
             f"rationales; allowed: students of {able}"
         )
-    single = student.method == "single-task"
-    sources = [make_source(e, student.method, student.prefixes) for e in examples]
-    new_tokens = RATIONALE_TOKENS if single else LABEL_TOKENS
-    texts = generate_texts(student, sources, new_tokens, progress=progress)
-    rationales = [None] * len(texts)
-    if single:
+
+    def generate(max_new_tokens: int, *task: str) -> list[str]:
+        sources = [make_source(e, student.method, student.prefixes, *task) for e in examples]
+        return generate_texts(student, sources, max_new_tokens, progress=progress)
+
+    if student.method == "single-task":
         task = get_task(student.dataset)
-        parsed = [parse_completion(task, t) or (t, "") for t in texts]
-        rationales, texts = [r for r, _ in parsed], [label for _, label in parsed]
-    elif explain:
-        sources = [make_source(e, student.method, student.prefixes, RATIONALE) for e in examples]
-        rationales = generate_texts(student, sources, RATIONALE_TOKENS, progress=progress)
-    rows = [{"id": e.id, "prediction": text} for e, text in zip(examples, texts)]
-    if explain:
-        for row, rationale in zip(rows, rationales):
-            row["rationale"] = rationale
+        answers = [parse_completion(task, t) or (t, "") for t in generate(RATIONALE_TOKENS)]
+    else:
+        labels = generate(LABEL_TOKENS)
+        rationales = generate(RATIONALE_TOKENS, RATIONALE) if explain else labels
+        answers = zip(rationales, labels)
+    rows = []
+    for example, (rationale, label) in zip(examples, answers):
+        row = {"id": example.id, "prediction": label}
+        rows.append(row | {"rationale": rationale} if explain else row)
     return rows
 
 
-# ------------------------------------------------------------------------------------- scoring
+# ---- Scoring -------------------------------------------------------------------------------------
 
 
 def gold_labels(examples: list[Example]) -> tuple[str, list[str | None]]:
-    """What to score a split on: ("human", labels) where it has any, else ("teacher", labels)."""
+    """Returns the labels to score a split on: ("human", labels) where an example has a human's,
+    else ("teacher", labels)."""
     kind = "human" if any(e.label is not None for e in examples) else "teacher"
     return kind, [e.label if kind == "human" else e.teacher_label for e in examples]
 
@@ -390,71 +401,66 @@ def gold_labels(examples: list[Example]) -> tuple[str, list[str | None]]:
 def evaluate(
     student: Student, examples: list[Example], explain: bool = False, progress: str | None = None
 ) -> tuple[dict, list[dict]]:
-    """Predicts a split and scores it.
+    """Predicts a split and scores it with the scorer of the student's dataset.
 
     Returns ({"accuracy", "n", "labels"}, rows of `predictions.jsonl` in the examples' order).
-    `labels` says whose labels were the measure; examples that have none of these are not counted.
+    "labels" is "human" or "teacher" (`gold_labels`), and "n" counts the examples that have one.
+    UserError if none has.
     """
     kind, gold = gold_labels(examples)
-    scored = [label is not None for label in gold]
-    if not any(scored):
+    n = sum(label is not None for label in gold)
+    if not n:
         raise UserError("no example has a label, neither human nor the teacher's: nothing to score")
     rows, task = predict(student, examples, explain, progress), get_task(student.dataset)
     for row, label in zip(rows, gold):
         row["correct"] = label is not None and is_correct(task, row["prediction"], label)
-    accuracy = sum(row["correct"] for row in rows) / sum(scored)
-    return {"accuracy": accuracy, "n": sum(scored), "labels": kind}, rows
+    accuracy = sum(row["correct"] for row in rows) / n
+    return {"accuracy": accuracy, "n": n, "labels": kind}, rows
 
 
-def rationale_source(
-    names: list[str] | None, dataset: str, needed: bool
-) -> str | list[str] | None:
-    """What `load_dataset` shall join to a split. Named with --rationales: that. Else, and only if
-    the method needs rationales: the released completions for the four benchmarks; a folder (and
-    the demo) carries its own."""
+def rationale_source(names: list[str] | None, dataset: str | Task, needed: bool) -> Rationales:
+    """Returns what `load_dataset` joins to a split: what --rationales names; without names, and
+    only where the method needs rationales, the released completions of a benchmark. A folder's
+    examples have their own."""
     if names:
         return names[0] if names[0] in NAMED and len(names) == 1 else names
     return "palm" if needed and get_task(dataset).palm else None
 
 
-# ------------------------------------------------------------------------------- command line
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def read_inputs(path: str) -> list[Example]:
-    """Inputs to predict, from a file or `-` for standard input: JSON lines ({"input": str or
-    [str, str], "id" and "rationale" optional) if the first line is an object, else a text a line.
-    An input without an id gets its line number, from 1."""
+    """Reads inputs to predict from a file, or from standard input for `-`.
+
+    If the first line is a JSON object, each line is one: {"input": str or [str, str]}, with "id"
+    and "rationale" optional. Otherwise each line is a text. Blank lines do not count; an input
+    without an id gets its line number, from 1. UserError for a file or line that is neither.
+    """
     try:
-        lines = (sys.stdin if path == "-" else open(path, encoding="utf-8")).read().split("\n")
+        text = (sys.stdin if path == "-" else open(path, encoding="utf-8")).read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--predict {path}: {error}; allowed: a UTF-8 text file, or -") from None
-    numbered = [(i, line.rstrip("\r")) for i, line in enumerate(lines, 1) if line.strip()]
-    if not numbered or not numbered[0][1].lstrip().startswith("{"):
-        return [Example(str(i), line, None) for i, line in numbered]
-    examples = []
-    for i, line in numbered:
-        try:
-            row = json.loads(line)
-            text = row["input"]
-            if isinstance(text, list) and [type(part) for part in text] == [str, str]:
-                text = tuple(text)
-            elif not isinstance(text, str):
-                raise TypeError("input is neither a string nor a pair of strings")
-            examples.append(Example(str(row.get("id", i)), text, None, row.get("rationale")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f'{path}:{i}: {error!r}; expected {{"input": "..."}} or {{"input": ["...", "..."]}}'
-            ) from None
-    return examples
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    if not text.lstrip().startswith("{"):
+        return [Example(str(i), line, None) for i, line in enumerate(lines, 1) if line.strip()]
+    no_task = Task("--predict", labels=None, scorer="text", marker="", folder="")
+
+    def make(r: dict) -> Example:  # an input with a label may have any
+        r = {"id": str(r.get("id", "")), "input": r["input"], "rationale": r.get("rationale")}
+        return read_example(no_task, r)
+
+    records = read_records(path, lines, make, '{"input": "..."} or {"input": ["...", "..."]}')
+    return [replace(example, id=example.id or str(i)) for i, example in records]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """All flags, with their defaults."""
+    """Defines all flags and their defaults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("student", help="a student folder, such as runs/NAME/best")
     add("--dataset", help="default: the one it was trained on")
-    add("--split", default="test", choices=("train", "valid", "test"))
+    add("--split", default="test", choices=SPLITS)
     add("--data-root", default="datasets")
     add("--rationales", nargs="+", help="palm, neox, human or teacher files (for rationale-input)")
     add("--predict", metavar="FILE", help="predict these inputs (JSON or plain lines; - for stdin)")
@@ -466,31 +472,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    """Predicts inputs, or scores a split; prints a JSON line for each, or one in the end."""
+    """Prints a JSON line for each input to predict; or scores a split, writes `predictions.jsonl`
+    and prints one JSON line."""
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     student = load_student(args.student, device, precision)
     if args.predict:
-        rows = predict(student, read_inputs(args.predict), args.explain, progress="predict")
-        for row in rows:
+        for row in predict(student, read_inputs(args.predict), args.explain, progress="predict"):
             print0(json.dumps(row, ensure_ascii=False))
         return
-    dataset = args.dataset or student.dataset
-    get_task(dataset)
-    out = Path(args.out) if args.out else Path(args.student) / "predictions.jsonl"
-    if not out.parent.is_dir():
+    student.dataset = args.dataset or student.dataset
+    out = Path(args.out or Path(args.student, "predictions.jsonl"))
+    if not out.parent.is_dir():  # known before an hour of prediction, not after it
         raise UserError(f"--out {out}: {out.parent} is no folder; make it, or give another")
-    rationales = rationale_source(args.rationales, dataset, student.method == "rationale-input")
-    examples = load_dataset(dataset, args.split, args.data_root, rationales)
-    student.dataset = dataset
+    task, needed = get_task(student.dataset), student.method == "rationale-input"
+    rationales = rationale_source(args.rationales, task, needed)
+    examples = load_dataset(task, args.split, args.data_root, rationales)
     summary, rows = evaluate(student, examples, args.explain, progress=args.split)
     if rank_and_world()[0] == 0:
         write_jsonl(out, rows)
-    about = {"student": args.student, "dataset": dataset, "split": args.split}
+    about = {"student": args.student, "dataset": student.dataset, "split": args.split}
     print0(json.dumps({**about, **summary, "predictions": str(out)}))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 2, with one line, for a user's mistake."""
+    """Runs the command line and returns its exit status: see `exit_status`."""
     args = parse_args(argv)
 
     def program() -> int:

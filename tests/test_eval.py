@@ -149,7 +149,7 @@ def test_predict_reads_json_lines_and_plain_text(ask, students, tmp_path):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"id": "a"}', "'input'"), ('{"input": 3}', "input is neither"),
+    ('{"id": "a"}', "'input'"), ('{"input": 3}', "input 3 is neither"),
     ("nonsense", "Expecting value"),
 ])  # fmt: skip
 def test_bad_lines_to_predict(ask, students, tmp_path, line, reason):
