@@ -1207,4 +1207,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    # scripts/plan.py imports this file as `train`. To run that module, and not a second copy of it:
+    from importlib import import_module
+
+    leave(import_module("train").main())

@@ -1,23 +1,24 @@
 """What `train.py --plan` prints: memory, steps and time of a run that is not started.
 
-Memory is not a formula: the real model, loss and optimizer step run on tensors without contents
-(`FakeTensorMode`), in rank 0 of a process group that is not there, and torch's own trackers count
-every storage from when it is made until it is freed. It stands for a GPU because the model names
-its dtypes, and because dropout and attention are replaced by the operations that CUDA runs, which
-keep other things for the backward pass than a CPU's. Time is an estimate from FLOPs and bytes.
+Memory is not a formula: the real model and loss run on tensors without contents (`FakeTensorMode`),
+as rank 0 of a process group without other ranks, and torch's own trackers
+(`torch.distributed._tools`) count every storage from when it is made until it is freed. The result
+holds for a GPU because the model names its dtypes, and because dropout and attention are replaced
+by CUDA's kernels, which keep other tensors for the backward pass than the CPU's do.
+Time is an estimate from FLOPs and bytes.
 """
 
-import contextlib
-import functools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -25,112 +26,137 @@ from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from data import Tokenizer, TokenRows, UserError, micro_batches, round_up, step_examples
-from eval import LABEL_TOKENS, MAX_SOURCE, MAX_TOKENS, MULTIPLE, ready
-from t5 import T5, T5Config, read_config
+from data import (
+    MAX_SOURCE,
+    MAX_TARGET,
+    Tokenizer,
+    TokenRows,
+    UserError,
+    micro_batches,
+    round_up,
+    step_examples,
+)
+from eval import LABEL_TOKENS, MAX_TOKENS, MULTIPLE, ready
+from t5 import T5, T5Config
 
 GIB = 2**30
-CARDS = {"fits_40gb": 39.4, "fits_80gb": 79.2}  # GiB that an A100 has for a program
-LEFT_OUT = 2.0  # GiB: CUDA context, NCCL's buffers, fragmentation
-# Host bytes a parameter in a save, over the ranks that write: a copy of weights and moments, and
-# the bytes of the file that they are written to.
-SAVE_BYTES = 24
-PEAK_FLOPS, UTILISATION = 312e12, 0.4  # an A100's bf16 products; what a good run makes of them
+CARDS = {"fits_40gb": 39.4, "fits_80gb": 79.2}  # GiB that a program can use of an A100
+LEFT_OUT = 2.0  # GiB that the simulation does not see: CUDA context, NCCL's buffers, fragmentation
+PEAK_FLOPS, UTILISATION = 312e12, 0.4  # an A100's peak in bf16; the share that a good run reaches
 BANDWIDTH = 200e9  # bytes a second that a GPU sends to the others while it receives as much
-ESNLI = 549_367  # examples, where there are no data to count
-NAMES = {  # of what torch's trackers tell apart, ours
-    "Sharded Param": "weights", "Parameter": "weights", "Unsharded Param": "gathered_weights",
-    "All Gather": "gather_outputs", "Reduce Scatter": "reduce_scatter_inputs",
-    "Sharded Grad": "gradients", "Gradient": "gradients", "Unsharded Grad": "unsharded_gradients",
-    "Optstate": "optimizer", "OptState": "optimizer", "Activation": "activations",
-    "Temp": "activations", "Inputs": "activations", "Buffer": "activations",
-}  # fmt: skip
+ESNLI = 549_367  # training examples: assumed where there are no data to count
+# The names of our parts, and of the kinds of tensor that torch's two trackers distinguish.
+PARTS = {
+    "weights": ("Parameter", "Sharded Param"),
+    "gathered_weights": ("Unsharded Param",),
+    "gather_outputs": ("All Gather",),
+    "reduce_scatter_inputs": ("Reduce Scatter",),
+    "gradients": ("Gradient", "Sharded Grad"),
+    "unsharded_gradients": ("Unsharded Grad",),
+    "optimizer": ("Optstate", "OptState"),
+    "activations": ("Activation", "Temp", "Inputs", "Buffer"),
+}
 
 
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def cuda_operations() -> Iterator[None]:
-    """Dropout keeps one byte a place, and attention is CUDA's memory-efficient kernel, as it is for
-    a bias with a gradient: it never holds the scores."""
-    dropout, attention = F.dropout, F.scaled_dot_product_attention
-
-    def cuda_dropout(x: Tensor, p: float, training: bool = True, inplace: bool = False) -> Tensor:
-        return torch.native_dropout(x, p, training)[0]
-
-    def cuda_attention(q, k, v, attn_mask, dropout_p: float, scale: float) -> Tensor:
-        bias = attn_mask.expand(*q.shape[:3], k.shape[2])
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(q, k, v, bias, torch.is_grad_enabled(), dropout_p, scale=scale)[0]
-
-    F.dropout, F.scaled_dot_product_attention = cuda_dropout, cuda_attention
-    try:
-        yield
-    finally:
-        F.dropout, F.scaled_dot_product_attention = dropout, attention
+def cuda_dropout(x: Tensor, p: float, training: bool = True, inplace: bool = False) -> Tensor:
+    """F.dropout as CUDA runs it: it keeps one byte for each element, where the CPU keeps a mask in
+    the input's dtype."""
+    return torch.native_dropout(x, p, training)[0]
 
 
-def rows_in_a_forward(c: train.Config, gpus: int, sources: int, targets: int) -> int:
-    """Of one length, in the largest micro-batch."""
-    most = c.micro_tokens // (sources + targets)
-    return max(1, min(most, -(-2 * c.batch_size // gpus)))
+def cuda_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float, scale: float
+) -> Tensor:
+    """F.scaled_dot_product_attention by CUDA's memory-efficient kernel, which never holds the
+    scores. CUDA chooses it for a bias with a gradient; its other fused kernels take no such bias.
+    q, k, v (B, H, T or S, K), mask broadcast to (B, H, T, S) -> (B, H, T, K)."""
+    bias = attn_mask.expand(*q.shape[:3], k.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(q, k, v, bias, torch.is_grad_enabled(), dropout_p, scale=scale)[0]
 
 
 def simulate(c: train.Config, config: T5Config, gpus: int, sources: int, targets: int) -> dict:
-    """Peak GiB on one of `gpus` devices, in training and in evaluation, and what they are made of,
-    with rows of so many tokens and AdamW's moments there already."""
-    rows = rows_in_a_forward(c, gpus, sources, targets)
+    """The memory of one of `gpus` devices, in GiB, after the first step (so with AdamW's moments)
+    and with rows of `sources` + `targets` tokens.
+
+    peak_gib, in training, and parts_gib, the kinds of tensors it consists of; evaluation_peak_gib;
+    rows, in the largest micro-batch; parameters, of the whole model.
+    """
+    of_a_rank = -(-2 * c.batch_size // gpus)  # two rows for each example
+    rows = max(1, min(c.micro_tokens // (sources + targets), of_a_rank))
     rounds = -(-2 * c.batch_size // (rows * gpus))
+    sharded = c.parallel == "fsdp"
+    cuda = {"dropout": cuda_dropout, "scaled_dot_product_attention": cuda_attention}
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
-    make_mesh = dist.init_device_mesh
-    mesh = make_mesh("cpu", (gpus,))  # real: made outside of the fake mode
-    dist.init_device_mesh = lambda *_: mesh
     try:
-        with FakeTensorMode(), cuda_operations():
+        with torch.device("meta"):
             model = T5(config).train()
-            if c.parallel != "ddp":
-                train.parallelize(model, c)
-            elif c.recompute:
-                train.parallelize(model, train.Config(recompute=True))
+        # DDP's buckets hold the gradients themselves, so that a rank needs what one process needs.
+        train.parallelize(model, c if sharded else replace(c, parallel="none"))
+        with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.multiple(F, **cuda):
+            model.to_empty(device="cpu")
             optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
             train.empty_moments(model, optimizer, 1)
-            if c.parallel == "fsdp":
-                tracker = FSDPMemTracker(model, optimizer)
-            else:
-                tracker = MemTracker()
-                tracker.track_external(model, optimizer)
-            with tracker:
-                for _ in range(min(rounds, 2)):  # the second meets the first's gradients
-                    batch = fake_batch(rows, sources, targets)
-                    train.forward_backward(model, batch, torch.ones(2), c, gpus)
-                    tracker.reset_mod_stats()  # which a second pass asks for
-            optimizer.zero_grad(set_to_none=True)  # the step itself is in place: it adds nothing
-            training = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-            model.eval()
-            with tracker, ready(model, c.precision), torch.no_grad():
-                batch = fake_batch(max(1, MAX_TOKENS // sources), sources, LABEL_TOKENS)
-                with train.autocast(torch.device("cpu"), c.precision):
-                    model(batch["input_ids"], batch["attention_mask"], batch["labels"])
-            evaluating = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+            tracker = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
+            tracker.track_external(model, optimizer)  # FSDP's tracker knows them already
+            shape = (rows, sources, targets)
+            training = peak_in_training(tracker, model, shape, min(rounds, 2), c, gpus)
+            # The optimizer's step is not run: it works in place and adds nothing.
+            optimizer.zero_grad(set_to_none=True)
+            shape = (max(1, MAX_TOKENS // sources), sources, LABEL_TOKENS)
+            evaluation = peak_in_evaluation(tracker, model, shape, c.precision)
     finally:
-        dist.init_device_mesh = make_mesh
         dist.destroy_process_group()
-    buckets = 4 * sum(p.numel() for p in model.parameters()) if c.parallel == "ddp" else 0
-    parts: dict[str, float] = {}
-    for kind, size in training.items():
-        if (name := getattr(kind, "value", kind)) != "Total" and size:
-            parts[NAMES[name]] = parts.get(NAMES[name], 0.0) + size / GIB
-    return {"peak_gib": training["Total"] / GIB, "rows": rows, "rounds": rounds,
-            "evaluation_peak_gib": (evaluating["Total"] + buckets) / GIB,
-            "parts_gib": parts}  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())
+    # DDP keeps its buckets, float32 for each parameter, after the gradients are gone.
+    buckets = 4 * parameters if c.parallel == "ddp" else 0
+    parts = {
+        part: sum(size for kind, size in training.items() if kind in kinds) / GIB
+        for part, kinds in PARTS.items()
+    }
+    return {
+        "parameters": parameters,
+        "peak_gib": training["Total"] / GIB,
+        "parts_gib": {part: gib for part, gib in parts.items() if gib},
+        "evaluation_peak_gib": (evaluation["Total"] + buckets) / GIB,
+        "rows": rows,
+    }
 
 
 def fake_batch(rows: int, sources: int, targets: int) -> dict[str, Tensor]:
-    """A micro-batch without contents."""
-    long = functools.partial(torch.empty, dtype=torch.long)
-    return {"input_ids": long(rows, sources), "attention_mask": long(rows, sources),
-            "labels": long(rows, targets), "tasks": long(rows)}  # fmt: skip
+    """A micro-batch of rows of equal length; under FakeTensorMode it has no contents."""
+    shapes = {
+        "input_ids": (rows, sources),
+        "attention_mask": (rows, sources),
+        "labels": (rows, targets),
+        "tasks": (rows,),
+    }
+    return {name: torch.empty(shape, dtype=torch.long) for name, shape in shapes.items()}
+
+
+def peak_in_training(
+    tracker: MemTracker, model: nn.Module, shape: tuple, rounds: int, c: train.Config, gpus: int
+) -> dict:
+    """Bytes of each kind at the peak of some micro-batches' passes; from the second on, they run
+    while the gradients of those before are there."""
+    with tracker:
+        for _ in range(rounds):
+            train.forward_backward(model, fake_batch(*shape), torch.ones(2), c, gpus)
+            tracker.reset_mod_stats()  # without this, the tracker refuses a second pass
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+
+
+def peak_in_evaluation(tracker: MemTracker, model: nn.Module, shape: tuple, precision: str) -> dict:
+    """Bytes of each kind at the peak of a forward pass with the weights made ready for decoding."""
+    model.eval()
+    with tracker, ready(model, precision), torch.no_grad():
+        batch = fake_batch(*shape)
+        with train.autocast(torch.device("cpu"), precision):
+            model(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
 
 
 # ---- Work ----------------------------------------------------------------------------------------
@@ -138,7 +164,8 @@ def fake_batch(rows: int, sources: int, targets: int) -> dict[str, Tensor]:
 
 def flops(config: T5Config, rows: int, sources: int, targets: int, recompute: bool) -> float:
     """Floating-point operations of the matrix products of a training step over padded rows: two
-    for each multiplication in the forward pass, twice that backward, once more to recompute."""
+    for each multiplication in the forward pass, twice as many in the backward pass, and once more
+    the blocks' forward pass where they are recomputed."""
     c = config
     inner, ff = c.num_heads * c.d_kv, 3 if "gated" in c.feed_forward_proj else 2
     position_wise = ff * c.d_model * c.d_ff
@@ -150,143 +177,144 @@ def flops(config: T5Config, rows: int, sources: int, targets: int, recompute: bo
     return 2.0 * rows * ((4 if recompute else 3) * blocks + 3 * head)
 
 
-@dataclass
-class Work:
-    """What a run's data ask for, a step."""
-
-    examples: int
-    flops: float
-    real_tokens: float
-    padded_tokens: float
-    micro_batches: float  # of a rank
-    truncated_share: float
+Lengths = tuple[np.ndarray, np.ndarray, np.ndarray]  # sources, targets, tasks of a step's rows
 
 
-def work_of(
-    c: train.Config, config: T5Config, gpus: int, rows: TokenRows | None, rounds: int
-) -> Work:
-    """From the data's first steps; without data, every row at the caps in so many micro-batches."""
-    if rows is None:
-        shape = (2 * c.batch_size, MAX_SOURCE, train.MAX_TARGET)
-        tokens = shape[0] * (shape[1] + shape[2])
-        return Work(ESNLI, flops(config, *shape, c.recompute), tokens, tokens, rounds, 0.0)
+def first_steps(c: train.Config, rows: TokenRows) -> list[Lengths]:
+    """The lengths of the rows of a run's first steps, at most 20, in tokens."""
     sources, targets = np.diff(rows.source_offsets), np.diff(rows.target_offsets)
-    real, padded, total, forwards, steps = 0, 0, 0.0, 0, min(c.steps, 20)
-    for step in range(steps):
-        mine = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
-        lengths = [round_up(x[mine], MULTIPLE["cuda"]) for x in (sources, targets)]
-        dealt = micro_batches(
-            *lengths, rows.tasks[mine], c.micro_tokens, gpus, train.OVERHEAD["cuda"]
-        )
-        forwards += len(dealt[0])
-        real += int(sources[mine].sum() + targets[mine].sum())
-        for part in sum(dealt, []):
-            shape = len(part), *(int(x[part].max(initial=0)) for x in lengths)
-            padded += shape[0] * (shape[1] + shape[2])
-            total += flops(config, *shape, c.recompute)
-    truncated = (rows.truncated_sources + rows.truncated_targets) / len(rows)
-    real, padded, forwards = real / steps, padded / steps, forwards / steps
-    return Work(rows.n_examples, total / steps, real, padded, forwards, truncated)
+    steps = []
+    for step in range(min(c.steps, 20)):
+        chosen = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
+        steps.append((sources[chosen], targets[chosen], rows.tasks[chosen]))
+    return steps
+
+
+def longest_step(c: train.Config) -> Lengths:
+    """A step of rows that are all as long as they may be."""
+    n = 2 * c.batch_size
+    return np.full(n, MAX_SOURCE), np.full(n, MAX_TARGET), np.arange(n) % 2
+
+
+def work_of(c: train.Config, config: T5Config, gpus: int, steps: list[Lengths]) -> dict:
+    """What a step needs on GPUs, as a mean over `steps`: tokens with and without padding, FLOPs,
+    and micro-batches of a GPU."""
+    sums = Counter()
+    for sources, targets, tasks in steps:
+        lengths = [round_up(x, MULTIPLE["cuda"]) for x in (sources, targets)]
+        ranks = micro_batches(*lengths, tasks, c.micro_tokens, gpus, train.OVERHEAD["cuda"])
+        sums["micro_batches_per_step"] += len(ranks[0])
+        sums["real_tokens_per_step"] += int(sources.sum() + targets.sum())
+        for part in chain.from_iterable(ranks):
+            longest = [int(x[part].max(initial=0)) for x in lengths]
+            sums["padded_tokens_per_step"] += len(part) * sum(longest)
+            sums["flops_per_step"] += flops(config, len(part), *longest, c.recompute)
+    return {name: total / len(steps) for name, total in sums.items()}
 
 
 def bytes_sent(parallel: str, parameters: int, micro_batches: float) -> float:
-    """By a GPU in a step. FSDP gathers bf16 weights forward and backward and scatters float32
-    gradients, for each micro-batch; DDP sums float32 gradients once, in a ring (twice each)."""
+    """What a GPU sends in a step. For each micro-batch FSDP gathers bf16 weights, forward and
+    backward, and scatters float32 gradients; DDP sums float32 gradients in a ring (which sends each
+    twice), once a step."""
     return {"none": 0, "ddp": 8, "fsdp": 8 * micro_batches}[parallel] * parameters
 
 
 # ---- The plan ------------------------------------------------------------------------------------
 
 
-def plan(given: dict, gpus: int) -> dict:
-    """All figures of a run with these flags on so many devices, and what was assumed for them."""
-    precision, assumed = given.get("precision", "bf16"), []
+def settings(given: dict, gpus: int) -> train.Config:
+    """The configuration that these flags would give on `gpus` GPUs."""
+    precision, parallel = given.get("precision", "bf16"), given.get("parallel")
     c = train.resolve(train.Config(**{**given, "device": "cpu", "precision": precision}))
-    c.parallel, c.compile = given.get("parallel"), False  # which nobody knows beforehand
-    if c.parallel == "none" and gpus > 1:
-        raise UserError(f"--parallel none on {gpus} GPUs would train {gpus} models; allowed: ddp, "
-                        "fsdp")  # fmt: skip
-    weights = Path(c.weights)
+    if parallel == "none" and gpus > 1:
+        raise UserError(
+            f"--parallel none on {gpus} GPUs would train {gpus} models; allowed: ddp, fsdp"
+        )
+    parallel = "none" if gpus == 1 else parallel or train.default_parallel(c.size)
+    return replace(c, parallel=parallel, compile=False)  # a compiled block's memory is not known
+
+
+def shape_of(c: train.Config, assumed: list[str]) -> T5Config:
+    """The student's shape: that of its weights where they are here, else that of its size, which
+    is added to what is assumed."""
+    path = Path(c.weights) / "config.json"
     if c.weights == "random":
-        config = train.untrained_config(c.size, Tokenizer(train.DEMO_VOCABULARY))
-    elif (weights / "config.json").is_file():
+        return T5.untrained_config(c.size, Tokenizer(train.DEMO_VOCABULARY).vocab_size)
+    if path.is_file():
         try:
-            config = read_config(weights)
+            return T5.read_config(path.parent)
         except ValueError as error:
             raise UserError(str(error)) from None
-    else:
-        config = T5Config.preset(c.size)
-        assumed.append(f"no {weights / 'config.json'}: the shape of T5 v1.1 {c.size}")
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in T5(config).parameters())
-    c.parallel = "none" if gpus == 1 else c.parallel or train.default_parallel(c.size)
-    rows = None
+    assumed.append(f"no {path}: the shape of T5 v1.1 {c.size}")
+    return T5Config.preset(c.size)
+
+
+def plan(given: dict, gpus: int) -> dict:
+    """All figures of a run with these flags on so many GPUs, by name; `assumed` lists what was
+    assumed for want of files. UserError where the run would refuse its flags."""
+    c, assumed = settings(given, gpus), []
+    config = shape_of(c, assumed)
     try:
         rows = train.prepare(c).rows
+        examples, cut = rows.n_examples, rows.truncated_sources + rows.truncated_targets
+        steps, truncated_share = first_steps(c, rows), cut / len(rows)
     except UserError as error:
-        assumed.append(f"{error}: every row at {MAX_SOURCE:,} and {train.MAX_TARGET} tokens, "
-                       f"{ESNLI:,} examples")  # fmt: skip
-    memory = simulate(c, config, gpus, MAX_SOURCE, train.MAX_TARGET)
-    work = work_of(c, config, gpus, rows, memory["rounds"])
-    computing = work.flops / (gpus * PEAK_FLOPS * UTILISATION)
-    sending = bytes_sent(c.parallel, parameters, work.micro_batches) / BANDWIDTH
-    seconds = max(computing, sending)  # they overlap: the longer hides the other
+        examples, steps, truncated_share = ESNLI, [longest_step(c)], 0.0
+        lengths = f"{MAX_SOURCE:,} and {MAX_TARGET} tokens"
+        assumed.append(f"{error}: every row at {lengths}, {ESNLI:,} examples")
+    memory = simulate(c, config, gpus, MAX_SOURCE, MAX_TARGET)
+    needed = max(memory["peak_gib"], memory["evaluation_peak_gib"]) + LEFT_OUT
+    work = work_of(c, config, gpus, steps)
+    computing = work["flops_per_step"] / (gpus * PEAK_FLOPS * UTILISATION)
+    sent = bytes_sent(c.parallel, memory["parameters"], work["micro_batches_per_step"])
+    seconds = max(computing, sent / BANDWIDTH)  # they overlap: the longer hides the other
+    names = ("size", "parallel", "precision", "recompute", "micro_tokens", "steps", "batch_size")
     return {
-        "size": c.size, "gpus": gpus, "parallel": c.parallel, "precision": c.precision,
-        "recompute": c.recompute, "micro_tokens": c.micro_tokens, "parameters": parameters,
+        **{name: getattr(c, name) for name in names},
         **memory,
-        **{card: needs(memory) <= room for card, room in CARDS.items()},
-        "steps": c.steps, "batch_size": c.batch_size, "examples": work.examples,
-        "epochs": c.steps * c.batch_size / work.examples,
-        "real_tokens_per_step": work.real_tokens, "padded_tokens_per_step": work.padded_tokens,
-        "truncated_share": work.truncated_share, "flops_per_step": work.flops,
-        "micro_batches_per_step": work.micro_batches,
-        "compute_seconds": computing, "communication_seconds": sending,
-        "seconds_per_step": seconds, "hours": seconds * c.steps / 3600,
-        "state_gb": 12 * parameters / 1e9, "student_gb": 4 * parameters / 1e9,
-        "save_host_gb": SAVE_BYTES * parameters / (gpus if c.parallel == "fsdp" else 1) / 1e9,
+        **work,
+        **{card: needed <= room for card, room in CARDS.items()},
+        "gpus": gpus,
+        "examples": examples,
+        "epochs": c.steps * c.batch_size / examples,
+        "truncated_share": truncated_share,
+        "compute_seconds": computing,
+        "communication_seconds": sent / BANDWIDTH,
+        "seconds_per_step": seconds,
+        "hours": seconds * c.steps / 3600,
         "assumed": assumed,
-    }  # fmt: skip
-
-
-def needs(memory: dict) -> float:
-    """GiB, with what the simulation leaves out."""
-    return max(memory["peak_gib"], memory["evaluation_peak_gib"]) + LEFT_OUT
+    }
 
 
 def show(p: dict) -> str:
-    """The plan, for people."""
-    parts = ", ".join(f"{kind.replace('_', ' ')} {gib:.2f}" for kind, gib in p["parts_gib"].items())
-    fits = {True: "fits", False: "does not fit"}
-    lines = [
-        f"{p['size']}: {p['parameters']:,} parameters; {p['precision']}, {p['parallel']} on "
-        f"{p['gpus']} GPU(s), micro-batches of at most {p['micro_tokens']:,} tokens"
-        + (", activations recomputed" if p["recompute"] else ""),
-        f"memory a GPU (simulated, every row at {MAX_SOURCE:,} + {train.MAX_TARGET} tokens, "
-        f"{p['rows']} in a micro-batch): peak {p['peak_gib']:.2f} GiB in training ({parts}), "
-        f"{p['evaluation_peak_gib']:.2f} GiB in evaluation",
-        f"with {LEFT_OUT} GiB more for what it leaves out (CUDA context, NCCL, fragmentation) it "
-        f"{fits[p['fits_40gb']]} a 40 GB card and {fits[p['fits_80gb']]} an 80 GB one",
-        "against fragmentation: export PYTORCH_ALLOC_CONF=expandable_segments:True",
-        f"steps: {p['steps']:,} of {p['batch_size']} examples, {p['epochs']:.2f} epochs of "
-        f"{p['examples']:,}; a step has {p['real_tokens_per_step']:,.0f} tokens, "
-        f"{p['padded_tokens_per_step']:,.0f} with padding; {p['truncated_share']:.2%} of rows cut",
-        f"work: {p['flops_per_step']:.3g} FLOPs a step in {p['micro_batches_per_step']:.1f} "
-        f"micro-batches a GPU: {p['compute_seconds']:.2f} s at {UTILISATION:.0%} of an A100's "
-        f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s; communication {p['communication_seconds']:.2f} s at "
-        f"{BANDWIDTH / 1e9:.0f} GB/s",
-        f"time: {p['seconds_per_step']:.2f} s a step (the longer of the two), {p['hours']:.1f} h "
-        "in all, without evaluation and saving",
-        f"disk: a state {p['state_gb']:.2f} GB (two while one replaces the other), best and last "
-        f"{p['student_gb']:.2f} GB each; a save needs {p['save_host_gb']:.1f} GB of host memory in "
-        "each process that writes",
-        *(f"assumed: {reason}" for reason in p["assumed"]),
-    ]
-    return "\n".join(lines)
+    """The plan's figures as text for people."""
+    parts = ", ".join(f"{part.replace('_', ' ')} {gib:.2f}" for part, gib in p["parts_gib"].items())
+    fits = {card: "fits" if p[card] else "does not fit" for card in CARDS}
+    recomputed = ", activations recomputed" if p["recompute"] else ""
+    text = f"""\
+{p["size"]}: {p["parameters"]:,} parameters; {p["precision"]}, {p["parallel"]} on {p["gpus"]} \
+GPU(s), micro-batches of at most {p["micro_tokens"]:,} tokens{recomputed}
+memory of a GPU (simulated, {p["rows"]} rows of {MAX_SOURCE:,} + {MAX_TARGET} tokens in a \
+micro-batch): peak {p["peak_gib"]:.2f} GiB in training, {p["evaluation_peak_gib"]:.2f} GiB in \
+evaluation
+in training: {parts}
+with {LEFT_OUT} GiB for what this leaves out (CUDA context, NCCL, fragmentation) it \
+{fits["fits_40gb"]} a 40 GB card and {fits["fits_80gb"]} an 80 GB one
+against fragmentation: export PYTORCH_ALLOC_CONF=expandable_segments:True
+steps: {p["steps"]:,} of {p["batch_size"]} examples, {p["epochs"]:.2f} epochs of \
+{p["examples"]:,}; a step has {p["real_tokens_per_step"]:,.0f} tokens, \
+{p["padded_tokens_per_step"]:,.0f} with padding; {p["truncated_share"]:.2%} of rows cut
+work: {p["flops_per_step"]:.3g} FLOPs a step in {p["micro_batches_per_step"]:.1f} micro-batches \
+a GPU: {p["compute_seconds"]:.2f} s at {UTILISATION:.0%} of an A100's \
+{PEAK_FLOPS / 1e12:.0f} TFLOP/s; communication {p["communication_seconds"]:.2f} s at \
+{BANDWIDTH / 1e9:.0f} GB/s
+time: {p["seconds_per_step"]:.2f} s a step (the longer of the two), {p["hours"]:.1f} h in all, \
+without evaluation and saving"""
+    return "\n".join([text, *(f"assumed: {reason}" for reason in p["assumed"])])
 
 
 def run(given: dict, gpus: int, as_json: bool) -> int:
-    """Prints the plan; for `train.py --plan`."""
+    """Prints the plan, as text or one JSON object; returns exit status 0."""
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: must be at least 1")
     figures = plan(given, gpus)

@@ -161,7 +161,7 @@ with evaluation.processes(torch.device("cpu")):
     rank, world = evaluation.rank_and_world()
     c = train.Config(weights={folder!r}, dataset="demo", device="cpu", precision="fp32",
                      parallel="fsdp" if world > 1 else "none")
-    tokenizer = type("Tokenizer", (), {{"vocab_size": 1}})
+    tokenizer = type("Tokenizer", (), {{"vocab_size": 1, "save": lambda self, folder: None}})()
     if world > 1:
         dist.init_device_mesh("cpu", (world,))
         dist.barrier()
@@ -171,7 +171,7 @@ with evaluation.processes(torch.device("cpu")):
     model = train.build_model(c, tokenizer)
     loaded, seconds, peak = peak - base, time.perf_counter() - start, 0.0
     out = Path({folder!r} + "-out")
-    train.save_student(c, model, out, Path({folder!r}) / "config.json", 1, 0.5)
+    train.save_student(c, model, tokenizer, out, 1, 0.5)
     exported, measuring = peak - base, False
     found = [None] * world
     if world > 1:
@@ -372,7 +372,7 @@ def decode(quick: bool, folder: Path) -> dict:
 
     def their_labels(_) -> None:  # in the order of the file, 64 at a time, padded to the longest
         texts[THEIRS] = []
-        ids = made.tokenizer.encode_batch(sources, evaluation.MAX_SOURCE)
+        ids = made.tokenizer.encode_batch(sources, MAX_SOURCE)
         for i in range(0, len(ids), 64):
             some = ids[i : i + 64]
             masks = [[1] * len(row) for row in some]
@@ -540,7 +540,7 @@ def starting(quick: bool, folder: Path) -> dict:
     words = ["--size", "small", "--weights", folder, "--dataset", c.dataset, "--data-root", REAL,
              "--steps", "2", "--batch-size", c.batch_size, "--device", "cpu"]  # fmt: skip
     student = folder / "student"
-    train.save_student(c, load(OURS, folder), student, folder / "spiece.model", 1, 0.0)
+    train.save_student(c, load(OURS, folder), Tokenizer(folder / "spiece.model"), student, 1, 0.0)
     (folder / "one.txt").write_text("What is 2 + 2?\n")
     seconds = {name: [] for name in ("step", "prediction")}
     for repeat in range(1 if quick else 3):
