@@ -151,8 +151,10 @@ def _parse_prompt(task: Task, path: Path, form: str) -> tuple[str, list[tuple[st
     text, instruction, demonstrations = path.read_text("utf-8-sig"), "", []
 
     def fail(number: int, reason: str) -> None:
-        raise UserError(f"{path}:{number}: {reason}; a demonstration is 'Q: ' and an input, then "
-                        f"'A: ' and a rationale ending in {form!r}, then a blank line")
+        raise UserError(
+            f"{path}:{number}: {reason}; a demonstration is 'Q: ' and an input, then "
+            f"'A: ' and a rationale ending in {form!r}, then a blank line"
+        )
 
     for block in re.finditer(r"(?:.*\S.*\n?)+", text):
         number = text.count("\n", 0, block.start()) + 1
@@ -246,8 +248,10 @@ def read_log(path: Path) -> Iterator[tuple[int, dict]]:
             if record := _record(line):
                 yield number, record
             elif line.endswith(b"\n"):
-                raise UserError(f"{path}:{number}: not a line of a raw log: {line[:80]!r}; mend "
-                                "or remove it, or give another --out")
+                raise UserError(
+                    f"{path}:{number}: not a line of a raw log: {line[:80]!r}; mend "
+                    "or remove it, or give another --out"
+                )
 
 
 # ---- From a log to training data -----------------------------------------------------------------
@@ -320,8 +324,15 @@ def derive(
             labels[chosen.label] += 1
             outside += bool(not_allowed(task, example.input, chosen.label))
         if chosen.state != "failed" and {"all": True, "parsed": whole, "correct": right}[keep]:
-            rows.append({"id": example.id, "input": example.input, "label": example.label,
-                         "rationale": chosen.rationale, "teacher_label": chosen.label})
+            rows.append(
+                {
+                    "id": example.id,
+                    "input": example.input,
+                    "label": example.label,
+                    "rationale": chosen.rationale,
+                    "teacher_label": chosen.label,
+                }
+            )
     return rows, {
         "settled": sum(map(len, answers.values())),
         "answered": sum(states.values()) - states["failed"],
@@ -407,8 +418,10 @@ class Client:
             raise UserError("OPENAI_API_KEY holds a space or another character that no key has")
         urls = base_urls(args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
         if not self.key and urls[0] == OPENAI:
-            raise UserError("OPENAI_API_KEY is not set and OpenAI's own server needs one; set it, "
-                            "or give another server with --base-url or OPENAI_BASE_URL")
+            raise UserError(
+                "OPENAI_API_KEY is not set and OpenAI's own server needs one; set it, "
+                "or give another server with --base-url or OPENAI_BASE_URL"
+            )
         apis = ["chat", "completions"] if args.api == "auto" else [args.api]
         self.routes = [(url, api) for api in apis for url in urls]
         self.dialect = Dialect(*self.routes[0])
@@ -475,8 +488,10 @@ class Client:
         if 300 <= status < 400:
             place = self.clean(response.headers.get("Location") or "nowhere")
             raise Stop(f"{words}; {dialect.url} redirects to {place}: give that as --base-url")
-        if status in (401, 402, 403) or (status in (400, 404) and UNKNOWN_MODEL.search(told)) or (
-            status == 429 and NO_QUOTA.search(told)
+        if (
+            status in (401, 402, 403)
+            or (status in (400, 404) and UNKNOWN_MODEL.search(told))
+            or (status == 429 and NO_QUOTA.search(told))
         ):
             raise Stop(words)
         if status in (408, 409, 425, 429) or (status >= 500 and status != 501):
@@ -756,8 +771,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-retries", type=int, default=8, help="of one request; default 8")
     add("--timeout", type=float, default=300, help="seconds for one request; default 300")
     add("--retry", default="", help="ask again: truncated,failed,unparsed (one or several)")
-    add("--keep", default="parsed", choices=("all", "parsed", "correct"),
-        help="which answers NAME.jsonl holds; default parsed: whole ones with a label")
+    add(
+        "--keep",
+        default="parsed",
+        choices=("all", "parsed", "correct"),
+        help="which answers NAME.jsonl holds; default parsed: whole ones with a label",
+    )
     add("--parse-only", action="store_true", help="derive the files from the log, offline")
     add("--completions", choices=("palm", "neox"), help="report on released completions, offline")
     return parser.parse_args(argv)
@@ -827,8 +846,9 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
             now |= {} if args.api == "auto" else {"api": args.api}
             changed = [f"{k} {before[k]} there, {now[k]} here" for k in now if now[k] != before[k]]
             if changed:
-                raise UserError(f"{path} was asked for otherwise: {'; '.join(changed)}; give "
-                                "another --out")
+                raise UserError(
+                    f"{path} was asked for otherwise: {'; '.join(changed)}; give another --out"
+                )
             client.routes = [r for r in client.routes if r[1] == before["api"]]
             client.dialect = Dialect(*client.routes[0])
         client.tokens = facts["cost"].get("total_tokens", 0)
@@ -840,11 +860,15 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
             for sample in range(args.samples) if (example.id, sample) not in done
         ]  # fmt: skip
         total = len(examples[: args.limit]) * args.samples
-        print(f"prompt {prompt.sha256[:12]} with {len(prompt.shots)} demonstrations; asking "
-              f"{args.model} for {len(jobs):,} of {total:,} answers", flush=True)
-        with client.signals(), tqdm(
-            total=total, initial=total - len(jobs), unit="", disable=None
-        ) as bar:
+        print(
+            f"prompt {prompt.sha256[:12]} with {len(prompt.shots)} demonstrations; asking "
+            f"{args.model} for {len(jobs):,} of {total:,} answers",
+            flush=True,
+        )
+        with (
+            client.signals(),
+            tqdm(total=total, initial=total - len(jobs), unit="", disable=None) as bar,
+        ):
             return client.run(jobs, log, bar)
 
 
@@ -852,12 +876,16 @@ def show(report: dict) -> None:
     """The report, in a few lines."""
     r, cost = report, report.get("cost", {})
     share = lambda n: f"{n:,} ({n / max(1, r['settled']):.2%})"  # noqa: E731
-    print(f"answered {r['answered']:,}, of {r['examples']:,} examples; "
-          f"failed {share(r['failed'])}, truncated {share(r['truncated'])}, unparsed "
-          f"{share(r['unparsed'])}, labels outside the set {r['labels_outside_the_set']:,}")
+    print(
+        f"answered {r['answered']:,}, of {r['examples']:,} examples; "
+        f"failed {share(r['failed'])}, truncated {share(r['truncated'])}, unparsed "
+        f"{share(r['unparsed'])}, labels outside the set {r['labels_outside_the_set']:,}"
+    )
     if cost:
-        print(f"cost {cost['total_tokens']:,} tokens ({cost['prompt_tokens']:,} prompt, "
-              f"{cost['completion_tokens']:,} completion), {cost['retries']:,} retries")
+        print(
+            f"cost {cost['total_tokens']:,} tokens ({cost['prompt_tokens']:,} prompt, "
+            f"{cost['completion_tokens']:,} completion), {cost['retries']:,} retries"
+        )
     if len(r["label_counts"]) <= 10:
         print(f"labels: {', '.join(f'{k} {v:,}' for k, v in r['label_counts'].items())}")
     if r["accuracy"] is not None:
@@ -878,8 +906,16 @@ def released(args: argparse.Namespace) -> tuple[list[Example], dict, dict]:
         answers[e.id] = {0: Answer(state, e.rationale, e.teacher_label)}
     outside = counts["teacher_labels_dropped"]  # by the loader: parsed, but of no use
     unparsed = sum(not e.teacher_label for e in examples) - outside
-    return examples, answers, {"completions": args.completions, "splits": splits,
-                               "unparsed": unparsed, "labels_outside_the_set": outside}
+    return (
+        examples,
+        answers,
+        {
+            "completions": args.completions,
+            "splits": splits,
+            "unparsed": unparsed,
+            "labels_outside_the_set": outside,
+        },
+    )
 
 
 def run(args: argparse.Namespace, words: list[str]) -> int:

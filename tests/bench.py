@@ -372,7 +372,7 @@ def decode(quick: bool, folder: Path) -> dict:
 
     def their_labels(_) -> None:  # in the order of the file, 64 at a time, padded to the longest
         texts[THEIRS] = []
-        ids = made.tokenizer.encode_batch(sources, MAX_SOURCE)
+        ids = made.tokenizer.encode_batch(sources, data.MAX_SOURCE)
         for i in range(0, len(ids), 64):
             some = ids[i : i + 64]
             masks = [[1] * len(row) for row in some]
@@ -540,7 +540,8 @@ def starting(quick: bool, folder: Path) -> dict:
     words = ["--size", "small", "--weights", folder, "--dataset", c.dataset, "--data-root", REAL,
              "--steps", "2", "--batch-size", c.batch_size, "--device", "cpu"]  # fmt: skip
     student = folder / "student"
-    train.save_student(c, load(OURS, folder), Tokenizer(folder / "spiece.model"), student, 1, 0.0)
+    tokenizer = data.Tokenizer(folder / "spiece.model")
+    train.save_student(c, load(OURS, folder), tokenizer, student, 1, 0.0)
     (folder / "one.txt").write_text("What is 2 + 2?\n")
     seconds = {name: [] for name in ("step", "prediction")}
     for repeat in range(1 if quick else 3):

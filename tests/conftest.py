@@ -10,9 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import torch
+
+import train
+from data import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "datasets"
+QUICK = "--steps 12 --batch-size 6 --micro-tokens 200 --eval-every 4 --save-every 3".split()
+torch.set_num_threads(1)  # as in the subprocesses: runs here and there have equal bits
 
 
 def command(*words, processes: int = 1) -> list[str]:
@@ -74,21 +81,32 @@ def saved_state(out):
     return json.loads((folders[-1] / "state.json").read_text()) if folders else None
 
 
-def killed_after(step, out, *words, processes=1):
-    """Starts the run, kills it once the step is logged, and gives its last state."""
-    process = start(*words, processes=processes)
-    wait_for_step(out, step, process)
-    kill(process)
-    return saved_state(out)
-
-
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_steps(out: Path) -> list[dict]:
     """The lines of a run's `metrics.jsonl` that are optimizer steps, not evaluations."""
     return [row for row in read_jsonl(out / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.fixture
+def call(capsys):
+    """A program's `main` in this process: what it printed, once it has returned `check`."""
+
+    def call(main, *words, check=0):
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        done = capsys.readouterr()
+        assert status == check, done
+        return done
+
+    return call
 
 
 def pytest_sessionfinish(session):
@@ -115,7 +133,6 @@ def same_steps(a: Path, b: Path) -> bool:
 def small_task(tmp_path_factory) -> Path:
     """A folder of 24 + 6 + 7 short examples, so that a run takes a moment."""
     folder = tmp_path_factory.mktemp("data") / "colours"
-    folder.mkdir()
     colours = {"sky": "blue", "grass": "green", "blood": "red", "snow": "white"}
     rows = []
     for i in range(37):
@@ -125,6 +142,41 @@ def small_task(tmp_path_factory) -> Path:
         rows.append(row | {"label": colour, "rationale": reason, "teacher_label": colour})
     del rows[3]["rationale"], rows[4]["teacher_label"]
     for name, part in {"train": rows[:24], "valid": rows[24:30], "test": rows[30:]}.items():
-        lines = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(lines)
+        write_jsonl(folder / f"{name}.jsonl", part)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(small_task, tmp_path_factory):
+    """An uninterrupted run in one process: what others are compared with. Not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(["--dataset", str(small_task), "--out", str(out), *QUICK]) == 0
+    return out
+
+
+CORPUS = [
+    "Luke scored 84 points after playing 2 rounds of a trivia game.",
+    "How many points did he score per round? The answer is (84 / 2).",
+    "A man in a blue shirt stands on a ladder; nobody is sleeping outdoors.",
+    "[label] premise [rationale] hypothesis. So the answer is neutral, a café.",
+]
+
+
+def train_vocabulary(folder: Path, **options) -> Path:
+    """A SentencePiece model of CORPUS, with T5's special ids unless `options` has others."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_prefix=str(folder / "spiece"), vocab_size=150,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2,
+        **dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1) | options,
+    )  # fmt: skip
+    return folder / "spiece.model"
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory) -> Path:
+    return train_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(vocabulary) -> Tokenizer:
+    return Tokenizer(vocabulary)

@@ -1,14 +1,10 @@
 """SVAMP and, without human labels, ASDiv: `--augment asdiv` (Figures 7 and 9)."""
 
 import json
-from collections import Counter
 
 import pytest
-from conftest import read_steps, run
 
 import train
-
-QUICK = "--steps 4 --batch-size 6 --eval-every 2".split()
 
 
 @pytest.fixture
@@ -61,50 +57,39 @@ def test_a_smaller_part_is_contained_in_a_larger(root):
         return set(train.prepare(c).ids)
 
     assert ids(0.25) < ids(0.5) < ids(1.0)
-    counts = Counter()
-    c = config(root, "svamp", "asdiv", augment_fraction=0.5)
-    assert len(train.augmenting(c, counts)) == 6
 
 
-def test_human_labels_for_svamp_and_the_teachers_for_asdiv(root):
-    data = train.prepare(config(root, "asdiv", labels="human", method="standard"))
-    assert len(data.ids) == 18 + 10
-
-
-def test_palm_for_svamp_and_files_for_asdiv(root):
-    (root / "svamp" / "llm").mkdir()
+def test_human_labels_or_palm_s_for_svamp_and_files_for_asdiv(root):
+    assert len(train.prepare(config(root, "asdiv", labels="human", method="standard")).ids) == 28
     said = [f"There are {i} and 2. The answer is ({i} + 2)." for i in range(20)]
+    (root / "svamp" / "llm").mkdir()
     for i, part in enumerate((said[:10], said[10:])):
         (root / "svamp" / "llm" / f"train_CoT_{i}.json").write_text(json.dumps(part))
     data = train.prepare(config(root, "palm", "asdiv", labels="teacher"))
     assert len(data.ids) == 28 and len(data.rows) == 56
 
 
-def test_it_trains_to_a_result(root):
-    words = ["train.py", "--dataset", "svamp", "--data-root", root, "--labels", "teacher",
-             "--rationales", root / "svamp.jsonl", root / "asdiv.jsonl", "--augment", "asdiv",
-             "--augment-fraction", "0.5", *QUICK, "--out", root / "run"]  # fmt: skip
-    run(*words)
-    result = json.loads((root / "run" / "result.json").read_text())
-    assert result["n_test"] == 5
+def test_it_trains_to_a_result(root, call):
+    words = "--dataset svamp --labels teacher --augment asdiv --augment-fraction 0.5 --steps 2"
+    words = [*words.split(), "--batch-size", 6, "--data-root", root, "--out", root / "run"]
+    words += ["--rationales", root / "svamp.jsonl", root / "asdiv.jsonl"]
+    call(train.main, *words)
+    assert json.loads((root / "run" / "result.json").read_text())["n_test"] == 5
     about = json.loads((root / "run" / "run.json").read_text())
     assert about["config"]["augment_fraction"] == 0.5
     hashed = {name.rsplit("/", 1)[-1] for name in about["data_sha256"]}
     assert {"ASDiv.xml", "asdiv.jsonl", "svamp.jsonl", "svamp_train.json"} <= hashed
-    assert len(read_steps(root / "run")) == 4
-    done = run(*words)
-    assert "is finished" in done.stdout
+    assert "is finished" in call(train.main, *words).out
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--dataset", "svamp", "--augment", "cqa"], "allowed: asdiv"),
-    (["--dataset", "demo", "--augment", "asdiv"], "allowed: svamp"),
-    (["--dataset", "svamp", "--augment", "asdiv"], "teacher.py --dataset asdiv"),
-    (["--dataset", "svamp", "--rationales", "palm", "x.jsonl"], "both together"),
-    (["--dataset", "svamp", "--augment", "asdiv", "--rationales", "x.jsonl",
-      "--augment-fraction", "0"], "--augment-fraction 0"),
+    ("svamp --augment cqa", "allowed: asdiv"),
+    ("demo --augment asdiv", "allowed: svamp"),
+    ("svamp --augment asdiv", "teacher.py --dataset asdiv"),
+    ("svamp --rationales palm x.jsonl", "both together"),
+    ("svamp --augment asdiv --rationales x.jsonl --augment-fraction 0", "--augment-fraction 0"),
 ])  # fmt: skip
-def test_mistakes_are_told_in_a_line(root, words, said):
-    done = run("train.py", *words, "--data-root", root, "--out", root / "run", check=2)
-    assert said in done.stderr and done.stderr.count("\n") == 1
-    assert not (root / "run").exists()
+def test_mistakes_are_one_line(root, call, words, said):
+    words = ["--data-root", root, "--out", root / "run", "--dataset", *words.split()]
+    error = call(train.main, *words, check=2).err
+    assert said in error and error.count("\n") == 1 and not (root / "run").exists()

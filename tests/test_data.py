@@ -22,10 +22,8 @@ from data import (
     is_correct,
     load_dataset,
     lock,
-    micro_batches,
     parse_completion,
     sha256,
-    step_examples,
     write_json,
     write_jsonl,
     write_text,
@@ -125,25 +123,10 @@ def test_real_counts(name: str, counts: tuple) -> None:
 @real_data
 def test_real_records() -> None:
     svamp, cqa, asdiv = (load_dataset(n, "train", REAL)[0] for n in ("svamp", "cqa", "asdiv"))
-    assert svamp == Example(
-        "svamp-train-0",
-        "Luke scored 84 points after playing 2 rounds of a trivia game. If he gained the same "
-        "number of points each round\nHow many points did he score per round?",
-        "( 84.0 / 2.0 )",
-    )
-    assert cqa == Example(
-        "6b819727eb8a670df26a7ffad036c119",
-        '"There are 10 apples on an apple tree.  Three fall off.  Now there are X apples."  What '
-        "is this an example of?\nAnswer Choices:\n(a) park\n(b) coloring book\n(c) garden center\n"
-        "(d) math problem\n(e) gravity",
-        "math problem",
-    )
-    assert asdiv == Example(
-        "nluds-0001",
-        "Seven red apples and two green apples are in the basket.\n"
-        "How many apples are in the basket?",
-        None,
-    )
+    assert (svamp.id, svamp.label) == ("svamp-train-0", "( 84.0 / 2.0 )")
+    assert svamp.input.endswith("points each round\nHow many points did he score per round?")
+    assert cqa.input.endswith("(c) garden center\n(d) math problem\n(e) gravity")
+    assert cqa.label == "math problem" and asdiv.label is None
     ids = [int(e.id.rpartition("-")[2]) for e in load_dataset("svamp", "valid", REAL)]
     order = np.random.default_rng(0).permutation(800)
     assert ids == sorted(order[:80].tolist())
@@ -151,32 +134,18 @@ def test_real_records() -> None:
 
 
 @real_data
-@pytest.mark.parametrize(
-    ("name", "splits", "right", "total"),
-    [
-        ("svamp", ("train", "valid"), 588, 800),  # 0.735
-        ("svamp", ("test",), 148, 200),  # 0.740
-        ("cqa", ("train", "valid"), 7234, 9741),  # 0.7426
-        ("cqa", ("test",), 943, 1221),  # 0.7723
-    ],
-)
-def test_accuracy_of_the_released_completions(name, splits, right, total) -> None:
-    examples = [e for split in splits for e in load_dataset(name, split, REAL, "palm")]
-    assert len(examples) == total
-    assert sum(is_correct(name, e.teacher_label, e.label) for e in examples) == right
+@pytest.mark.parametrize("name", ["svamp", "cqa"])
+def test_released_rationales_are_clean_and_targets_made_of_them_are_read_back(name: str) -> None:
+    """Their accuracy is test_teacher.py's."""
+    examples = load_dataset(name, "train", REAL, "palm")
     rationales = [e.rationale for e in examples if e.rationale]
-    assert len(rationales) > 0.95 * total
+    assert len(rationales) > 0.95 * len(examples)
     assert not any("\n\n" in r or "Q:" in r or TASKS[name].marker in r for r in rationales)
-
-
-@real_data
-def test_single_task_targets_of_real_data_are_read_back() -> None:
-    for name in ("svamp", "cqa"):
-        for e in load_dataset(name, "train", REAL, "palm"):
-            for label in filter(None, (e.label, e.teacher_label)):
-                rationale = " ".join((e.rationale or "").split())
-                text = f"{rationale} {format_answer(name, e.input, label)}".strip()
-                assert parse_completion(name, text) == (rationale, label), text
+    for e in examples:
+        for label in filter(None, (e.label, e.teacher_label)):
+            rationale = " ".join((e.rationale or "").split())
+            text = f"{rationale} {format_answer(name, e.input, label)}".strip()
+            assert parse_completion(name, text) == (rationale, label), text
 
 
 @real_data
@@ -184,9 +153,8 @@ def test_human_rationales_and_their_counts() -> None:
     counts = Counter()
     examples = load_dataset("cqa", "valid", REAL, "human", counts)
     assert examples[0].rationale == "bums are well known to take up residence under bridges."
-    assert all(e.teacher_label is None for e in examples)
-    assert counts["examples"] == 975
-    counts = Counter()
+    assert all(e.teacher_label is None for e in examples) and counts["examples"] == 975
+    counts.clear()
     examples = load_dataset("cqa", "train", REAL, "palm", counts)
     assert counts["without_rationale"] == sum(not e.rationale for e in examples) > 0
     assert counts["teacher_labels_dropped"] > 0, "such as 'French government'"
@@ -276,29 +244,6 @@ def test_cqa_answer_must_be_a_choice(tmp_path: Path) -> None:
     assert "duplicate ids" in error_of("cqa", "test", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "rationales", "allowed"),
-    [
-        ("svamp", "human", "palm, neox"),
-        ("asdiv", "human", "teacher's files"),
-        ("asdiv", "palm", "teacher's files"),
-        ("demo", "palm", "teacher's files"),
-        ("demo", "human", "teacher's files"),
-        ("esnli", "gpt", "palm, neox, human"),
-    ],
-)
-def test_rationales_that_are_not_to_be_had(name: str, rationales: str, allowed: str) -> None:
-    message = error_of(name, rationales=rationales)
-    assert repr(rationales) in message and allowed in message
-
-
-def test_unknown_names() -> None:
-    message = error_of("sqamp")
-    assert "'sqamp'" in message and "svamp, cqa, esnli, anli1, asdiv, demo" in message
-    assert "train.jsonl" in message
-    assert "train, valid, test" in error_of("demo", "dev")
-
-
 # ---- Folders
 
 
@@ -379,11 +324,8 @@ def test_bad_task_file(tmp_path: Path, content: str) -> None:
         ('{"id": "7", "label": "yes"}', "no 'input'"),
         ('{"input": "i", "label": "yes"}', "no 'id'"),
         ('{"id": 7, "input": "i", "label": "yes"}', "id 7 is not a text"),
-        ('{"id": null, "input": "i", "label": "yes"}', "id None"),
         ('{"id": "7", "input": 3, "label": "yes"}', "input 3"),
-        ('{"id": "7", "input": ["a"], "label": "yes"}', "input"),
         ('{"id": "7", "input": ["a", "b", "c"], "label": "yes"}', "input"),
-        ('{"id": "7", "input": ["a", 1], "label": "yes"}', "input"),
         ('{"id": "7", "input": "i", "label": 1}', "label 1"),
         ('{"id": "7", "input": "i", "label": "yes", "rationale": []}', "rationale"),
         ('{"id": "7", "input": "i", "label": "yes", "teacher_label": 0}', "teacher_label"),
@@ -449,13 +391,6 @@ def test_teacher_files(tmp_path: Path) -> None:
         assert f"{other}:1" in error_of(folder, rationales=[other])
 
 
-def test_demo_is_there_whatever_the_working_directory(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert len(get_task("demo").labels) > 1
-    for split in ("train", "valid", "test"):
-        assert load_dataset("demo", split)[0].label in get_task("demo").labels
-
-
 # ---- Completions
 
 
@@ -479,16 +414,11 @@ SVAMP = [
         "84 / 2 = 42. The answer is (84 / 2).\n\nQ: x\nA: The answer is (9).",
         ("84 / 2 = 42.", "(84 / 2)"),
     ),
-    ("r The answer is (120 /", None),
     ("r The answer is ((415 - 309) - (41", None),
     ("r The answer is (9 - 2) * (3", None),
-    ("r The answer is 42.", None),
     ("r The answer is (n - 3).", None),
-    ("r The answer is (1 / 0).", None),
     ("r The answer is (9**9**9).", None),
-    ("r The answer is", None),
     ("r", None),
-    ("", None),
     ("\n\nQ: invented The answer is (3).", None),
     ("r\n\nQ: invented\nA: The answer is (3).", None),
     ("The answer is (3).", ("", "(3)")),
@@ -498,32 +428,24 @@ SVAMP = [
     ("r The answer is (3). So The answer is (4).", None),
     ("r The answer is (3). Q: invented The answer is (4).", ("r", "(3)")),
     ("r The answer is (5 * 3) *", None),
-    ("r (The answer is (5 * 3)).", ("r (", "(5 * 3)")),
     ("r The answer is ((29/2) and (30/2)).", ("r", "(30/2)")),
-    ("r The answer is (5) and that is all.", ("r", "(5)")),
-    ("r The answer is (3). The answer is (3).", ("r", "(3)")),
     ("r The answer is (3).\n\nAnother. The answer is (4).", ("r", "(3)")),
     ("first\n\nthen The answer is (3).", ("first\n\nthen", "(3)")),
     ("The answer is easy. The answer is (3).", ("The answer is easy.", "(3)")),
-    ("r The answer is ( (2 + 3) * 4 ).", ("r", "( (2 + 3) * 4 )")),
 ]
 CQA = [
     ("r So the answer is (d) math problem.\n\nQ: x", ("r", "math problem")),
     ("r So the answer is (d) math problem. It is not (a) park.", ("r", "math problem")),
-    ("r So the answer is (a) ocean or (b) sea.", None),
     ("r So the answer is either (a) ocean or (b) sea.", None),
     ("r So the answer is one of these four.", None),
     ("r So the answer is (e) Washington D.C.\n\n", ("r", "Washington D.C")),
     ("r So the answer is (b) good luck!\n\n", ("r", "good luck!")),
-    ("r So the answer is (b) if possible..", ("r", "if possible.")),
     ("r So the answer is (a) (this makes no sense).", ("r", "(this makes no sense)")),
     ("r So the answer is (a)", None),
-    ("r So the answer is (a) .", None),
 ]
 ESNLI = [
     ("r\nAnswer: neutral\n\nPremise: x\nAnswer: entailment", ("r", "neutral")),
     ("r Answer: neutral Premise: x", ("r", "neutral")),
-    ("r\nAnswer: neutral.", ("r", "neutral")),
     ("r\nAnswer: neutral or contradiction", None),
     ("r\nAnswer: maybe", ("r", "maybe")),
     ("r\nAnswer:", None),
@@ -533,7 +455,6 @@ ANLI = [
     ("r So the answer is contradiction.\n\nPremise: x", ("r", "contradiction")),
     ("r The answer is neutral. I hope this helps.", ("r", "neutral")),
     ("r So the answer is neutral, because it is not said.", ("r", "neutral")),
-    ("r So the answer is neutral", ("r", "neutral")),
     ("r So the answer is neutrality.", ("r", "neutrality")),
 ]
 
@@ -572,11 +493,9 @@ def test_completions_of_a_closed_set(closed: str, completion: str, expected) -> 
 @pytest.mark.parametrize(
     ("completion", "label"),
     [
-        ("So the answer is a green hat.", "a green hat"),
         ("So the answer is a green hat. It is not blue.", "a green hat"),
         ("So the answer is 42. I hope this helps!", "42"),
         ("So the answer is the U.S. Congress.", "the U.S. Congress"),
-        ("So the answer is Dr. Who (the second).", "Dr. Who (the second)"),
         ("So the answer is version 1.2 (beta) of a.b.c.", "version 1.2 (beta) of a.b.c"),
         ("So the answer is a hat.\nQuestion: x\nSo the answer is b.", "a hat"),
     ],
@@ -585,19 +504,15 @@ def test_completions_of_free_text(free: str, completion: str, label: str) -> Non
     assert parse_completion(free, f"r {completion}") == ("r", label)
 
 
-def test_answers_are_written_as_they_are_read(closed: str, free: str) -> None:
+def test_answers_are_written_as_they_are_read(closed: str) -> None:
     choices = "q\nAnswer Choices:\n(a) bridge\n(b) math (hard) \n(c) bridge\n(d) U.S. a.m."
     assert format_answer("cqa", choices, "math (hard)") == "So the answer is (b) math (hard)."
     assert format_answer("cqa", choices, "bridge") == "So the answer is (a) bridge."
-    assert format_answer("cqa", choices, "sea") == "So the answer is sea."
     assert parse_completion("cqa", format_answer("cqa", choices, "sea")) is None
     assert format_answer("svamp", "", "( 84.0 / 2.0 )") == "The answer is ( 84.0 / 2.0 )."
     assert format_answer("svamp", "", "8.0") == "The answer is (8.0)."
     assert format_answer("asdiv", "", "(1 + 2) * (3)") == "The answer is (1 + 2) * (3)."
-    assert format_answer("svamp", "", "( 0 )") == "The answer is ( 0 )."
     assert format_answer("esnli", ("p", "h"), "neutral") == "Answer: neutral"
-    assert format_answer("anli1", ("p", "h"), "neutral") == "So the answer is neutral."
-    assert format_answer(free, "", "a hat") == "So the answer is a hat."
     for label in get_task(closed).labels:
         assert parse_completion(closed, "r " + format_answer(closed, "", label)) == ("r", label)
 
@@ -607,42 +522,11 @@ def test_hostile_completions_are_quick() -> None:
     for junk in ("(", " ", "\n", "\n ", ". ", "(1+", "The answer is (", "So the answer is (a) ",
                  "Answer: neutral or ", "Q: ", "\0", "and (", "((1) and "):  # fmt: skip
         for name in ("svamp", "cqa", "esnli", "anli1"):
-            parse_completion(name, junk * 2_000)
-            parse_completion(name, TASKS[name].marker + junk * 2_000)
-    assert time.process_time() - start < 5
+            parse_completion(name, junk * 1_000)
+            parse_completion(name, TASKS[name].marker + junk * 1_000)
+    assert time.process_time() - start < 4
 
 
 def test_text_is_right_when_equal_after_strip() -> None:
     assert is_correct("cqa", " math problem\n", "math problem")
     assert not is_correct("cqa", "Math problem", "math problem")
-    assert not is_correct("cqa", None, "math problem")
-
-
-# ---- Batches
-
-
-def test_steps_go_through_the_epochs() -> None:
-    orders = [np.random.default_rng([3, epoch]).permutation(10).tolist() for epoch in range(3)]
-    steps = [step_examples(10, 4, 3, step).tolist() for step in range(7)]
-    assert sum(steps, []) == sum(orders, [])[:28]
-    assert step_examples(3, 8, 3, 1).shape == (8,), "a step may be longer than an epoch"
-    assert step_examples(10, 4, 4, 0).tolist() != steps[0], "another seed, another order"
-
-
-def test_micro_batches_by_hand() -> None:
-    """Eight labels of 5 tokens and eight rationales of 45, all with sources of 10 or 100."""
-    sources, tasks = np.array([10, 100] * 8), np.array([0] * 8 + [1] * 8)
-    targets = np.where(tasks, 45, 5)
-    deal = lambda most, world, overhead: [  # noqa: E731
-        [sorted(zip(tasks[p].tolist(), sources[p].tolist())) for p in rank]
-        for rank in micro_batches(sources, targets, tasks, most, world, overhead)
-    ]
-    kinds = [(task, source) for task in (0, 1) for source in (10, 100)]
-    four = [[kind] * 4 for kind in kinds]
-    assert len(deal(10_000, 1, 50)[0]) > 3, "less padding where each costs little"
-    one_task = [four[0] + four[1], four[2] + four[3]]
-    assert sorted(deal(10_000, 1, 5_000)[0]) == one_task, "few where each costs much"
-    assert sorted(sum(deal(10_000, 2, 5_000), [])) == one_task, "a round for two ranks"
-    assert sorted(map(len, deal(300, 1, 5_000)[0])) == [2, 2, 2, 2, 4, 4], "2 x (100 + 45) <= 300"
-    alone = micro_batches(sources[:1], targets[:1], tasks[:1], 8, 3, 100)
-    assert [piece.tolist() for rank in alone for piece in rank] == [[0], [], []]

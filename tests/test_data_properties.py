@@ -1,12 +1,9 @@
 """Properties of arithmetic, splits, completions, tokens and batches, on generated cases."""
 
-import json
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 
 pytest.importorskip("hypothesis", reason="property tests need requirements-dev.txt")
 
@@ -21,11 +18,8 @@ from data import (  # noqa: E402
     is_correct,
     micro_batches,
     parse_completion,
-    split_indices,
     step_examples,
-    tokenize_rows,
 )
-from dsbs import Row  # noqa: E402
 
 settings.register_profile("quick", deadline=None, max_examples=100, derandomize=True)
 settings.load_profile("quick")
@@ -70,20 +64,6 @@ def test_arithmetic_has_the_value_of_the_tree(tree: tuple[str, Fraction | None])
         assert is_correct("svamp", f"{text} + 1", text) == (near or 10**6 <= abs(value))
 
 
-@given(st.lists(numbers, min_size=1, max_size=8), st.data())
-def test_precedence_is_pythons(terms: list[str], data: st.DataObject) -> None:
-    operations = data.draw(st.lists(st.sampled_from("+-*"), min_size=8, max_size=8))
-    operations = operations[: len(terms) - 1]
-    text = terms[0] + "".join(f" {o} {term}" for o, term in zip(operations, terms[1:]))
-    sums = [[1, Fraction(terms[0])]]  # products with their signs, added at the end
-    for operation, term in zip(operations, terms[1:]):
-        if operation == "*":
-            sums[-1][1] *= Fraction(term)
-        else:
-            sums.append([1 if operation == "+" else -1, Fraction(term)])
-    assert evaluate_arithmetic(text) == sum(sign * value for sign, value in sums)
-
-
 @given(st.text(alphabet="0123456789.+-*/() e_,x", max_size=40) | st.text())
 @example("(" * 2000)
 def test_arithmetic_never_raises(text: str) -> None:
@@ -92,14 +72,6 @@ def test_arithmetic_never_raises(text: str) -> None:
 
 
 # ---- Splits and completions
-
-
-@given(st.integers(0, 3000))
-def test_splits_partition_in_file_order(n: int) -> None:
-    train, valid = split_indices(n)
-    assert len(valid) == (n + 9) // 10
-    assert sorted([*train, *valid]) == list(range(n))
-    assert (np.diff(train) > 0).all() and (np.diff(valid) > 0).all()
 
 
 words = st.text(alphabet="abcdefgh .,'-()0123\n", max_size=60).map(lambda s: " ".join(s.split()))
@@ -127,20 +99,6 @@ def test_answers_of_choices_come_back(rationale: str, choices: list[str], data) 
     assert parse_completion("cqa", f"{rationale} {answer}".strip()) == (rationale, choice)
 
 
-@pytest.fixture(scope="module")
-def free(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("free")
-    lines = [json.dumps({"id": str(i), "input": "i", "label": str(i)}) for i in range(30)]
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    return str(folder)
-
-
-@given(rationale=words, label=labels.filter(bool))
-def test_answers_of_free_text_come_back(free: str, rationale: str, label: str) -> None:
-    text = f"{rationale} {format_answer(free, '', label)}".strip()
-    assert parse_completion(free, text) == (rationale, label)
-
-
 @given(words, st.sampled_from(["entailment", "neutral", "contradiction"]), st.text(max_size=30))
 def test_invented_continuations_change_nothing(rationale: str, label: str, junk: str) -> None:
     for name in ("esnli", "anli1"):
@@ -163,29 +121,7 @@ def test_completions_never_raise_nor_give_an_empty_label(text: str) -> None:
 # ---- Tokens
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prefix = tmp_path_factory.mktemp("vocabulary") / "spiece"
-    corpus = ["the quick brown fox jumps over the lazy dog 0123456789 (84 / 2). " * 3] * 50
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=str(prefix), vocab_size=100,
-        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1,
-        minloglevel=2,
-    )  # fmt: skip
-    return prefix.with_suffix(".model")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer(path)
-
-
 plain = st.text(alphabet="abcdefghijklmnopqrstuvwxyz 0123456789().", max_size=80)
-
-
-@given(text=plain)
-def test_known_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text)) == " ".join(text.split())
 
 
 @given(parts=st.lists(plain, min_size=1, max_size=4), room=st.integers(0, 60))
@@ -207,16 +143,10 @@ special_tokens = st.sampled_from(["</s>", "<pad>", "<unk>", "<extra_id_0>", "<ex
 
 
 @given(text=st.lists(st.text(max_size=8) | special_tokens).map("".join))
-def test_any_text_equals_sentencepiece_piece_by_piece(
-    tokenizer: Tokenizer, path: Path, text: str
-) -> None:
+def test_any_text_equals_sentencepiece_piece_by_piece(tokenizer: Tokenizer, text: str) -> None:
     top = tokenizer.vocab_size - 1
-    special = {
-        "</s>": 1,
-        "<pad>": 0,
-        "<unk>": 2,
-        **{f"<extra_id_{n}>": top - n for n in range(100)},
-    }
+    special = {"</s>": 1, "<pad>": 0, "<unk>": 2}
+    special |= {f"<extra_id_{n}>": top - n for n in range(100)}
     ids, rest = [], text
     while True:
         found = min(((rest.find(s), s) for s in special if s in rest), default=None)
@@ -226,18 +156,6 @@ def test_any_text_equals_sentencepiece_piece_by_piece(
         ids.append(special[found[1]])
         rest = rest[found[0] + len(found[1]) :]
     assert tokenizer.encode(text) == [*ids, 1]
-
-
-@given(rationale=plain, label=plain.filter(str.strip), limit=st.integers(1, 60))
-def test_single_task_targets_end_in_the_answer(
-    tokenizer: Tokenizer, rationale: str, label: str, limit: int
-) -> None:
-    answer = format_answer("anli1", "", label)
-    rows = tokenize_rows([Row("label", "i", (rationale, answer))], tokenizer, max_target=limit)
-    ids, answer = rows.target(0).tolist(), tokenizer.encode(answer)
-    assert ids[-len(answer) :] == answer and len(ids) <= max(limit, len(answer))
-    kept = tokenizer.encode(rationale)[:-1]
-    assert ids[: -len(answer)] == kept[: len(ids) - len(answer)]
 
 
 # ---- Batches

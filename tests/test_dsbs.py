@@ -1,14 +1,12 @@
 """The methods' rows and the loss of the paper, against numbers computed by hand and naive code."""
 
 import math
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from data import Example, load_dataset, parse_completion
-from dsbs import METHODS, PREFIXES, TARGETS, make_rows, make_source, multitask_loss
+from data import Example, parse_completion
+from dsbs import METHODS, make_rows, make_source, multitask_loss
 from t5 import T5, T5Config, shift_right
 
 PLAIN = Example("a", "2 apples and 3 more?", "( 2.0 + 3.0 )", "2 + 3 = 5.", "(2 + 3)")
@@ -36,15 +34,6 @@ def test_other_methods_rows():
     assert parse_completion("svamp", " ".join(row.target)) == (PLAIN.rationale, PLAIN.label)
 
 
-def test_every_method_takes_both_label_sources_and_prefixes():
-    for method in METHODS:
-        for labels in ("human", "teacher"):
-            for prefixes in PREFIXES:
-                rows = make_rows([PLAIN], method, labels, prefixes, dataset="svamp")
-                wanted = {"human": PLAIN.label, "teacher": PLAIN.teacher_label}[labels]
-                assert rows[0].task == "label" and wanted in str(rows[0].target)
-
-
 def test_no_rationale_still_teaches_and_no_label_is_left_out():
     bare = Example("c", "x", "yes")
     for method in METHODS:
@@ -52,14 +41,6 @@ def test_no_rationale_still_teaches_and_no_label_is_left_out():
         assert [row.task for row in rows] == ["label"]
         assert rows[0].source == make_source(bare, method)
         assert make_rows([bare], method, "teacher", dataset="demo") == []
-
-
-def test_demo_answers_parse_back():
-    for example in load_dataset("demo", "valid"):
-        if example.rationale:
-            (row,) = make_rows([example], "single-task", dataset="demo")
-            parsed = parse_completion("demo", " ".join(row.target))
-            assert parsed == (example.rationale, example.label)
 
 
 # -------------------------------------------------------------------------------------- loss
@@ -105,15 +86,11 @@ def gradients(model, pieces, batch, lam=1.0):
     return sums, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def build_model():
+@pytest.fixture
+def model():
     torch.manual_seed(0)
     shape = dict(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
     return T5(T5Config(**shape)).eval()
-
-
-@pytest.fixture
-def model():
-    return build_model()
 
 
 def test_any_split_gives_the_same_gradients(model):
@@ -127,55 +104,6 @@ def test_any_split_gives_the_same_gradients(model):
         sums, got = gradients(model, pieces, batch)
         assert (got - expected).abs().max() < 1e-6
         assert torch.allclose(sums, whole, atol=1e-6)
-
-
-def one_rank(rank, world, folder):
-    """Rank 0 has the label rows, rank 1 the rationale rows: each lacks a task."""
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    source, mask, labels, tasks, counts = ragged_batch()
-    replica = torch.nn.parallel.DistributedDataParallel(build_model())
-    mine = tasks == rank
-    logits = replica(source[mine], mask[mine], shift_right(labels[mine]))
-    (multitask_loss(logits, labels[mine], tasks[mine], counts).total * world).backward()
-    if rank == 0:
-        torch.save([p.grad for p in replica.parameters()], f"{folder}/gradients.pt")
-    dist.barrier()
-    os._exit(0)  # a live DDP model can abort the interpreter as it shuts down (see eval.processes)
-
-
-def test_ddp_gives_the_same_gradients_with_a_task_missing_on_each_rank(model, tmp_path):
-    """Two gloo processes against one: to 1e-6, as they train (times world, averaged by DDP)."""
-    _, expected = gradients(model, [torch.arange(12)], ragged_batch())
-    torch.multiprocessing.spawn(one_rank, (2, str(tmp_path)), nprocs=2)
-    parts = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert (torch.cat([part.flatten() for part in parts]) - expected).abs().max() < 1e-6
-
-
-def test_a_mean_of_means_is_something_else(model):
-    """The mistake that this loss avoids is visible at the tolerance above."""
-    source, mask, labels, tasks, counts = batch = ragged_batch()
-    _, expected = gradients(model, [torch.arange(12)], batch)
-    model.zero_grad()
-    for piece in torch.arange(12).split(4):
-        own = torch.stack([(labels[piece][tasks[piece] == t] != -100).sum() for t in (0, 1)])
-        logits = model(source[piece], mask[piece], shift_right(labels[piece]))
-        (multitask_loss(logits, labels[piece], tasks[piece], own).total / 3).backward()
-    got = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert (got - expected).abs().max() > 1e-3
-
-
-def test_loss_is_cross_entropy_of_each_task(model):
-    source, mask, labels, tasks, counts = ragged_batch()
-    logits = model(source, mask, shift_right(labels))
-    losses = multitask_loss(logits, labels, tasks, counts, lam=0.3)
-    of_task = [
-        torch.nn.functional.cross_entropy(
-            logits[tasks == t].flatten(0, 1), labels[tasks == t].flatten(), ignore_index=-100
-        )
-        for t in (0, 1)
-    ]
-    assert torch.allclose(losses.label, of_task[0]) and torch.allclose(losses.rationale, of_task[1])
-    assert torch.allclose(losses.total, of_task[0] + 0.3 * of_task[1])
 
 
 def test_the_loss_of_three_tasks(model):
@@ -195,16 +123,6 @@ def test_the_loss_of_three_tasks(model):
     assert torch.equal(again.each, losses.each), "float32 under autocast too"
     logits = logits.detach().masked_fill((tasks == 2)[:, None, None], math.nan)
     assert multitask_loss(logits, labels, tasks, counts).each.isfinite().tolist() == [1, 1, 0]
-
-
-def test_a_third_task_is_an_entry_of_two_tables(monkeypatch):
-    monkeypatch.setitem(TARGETS, "shout", lambda example, label: label.upper())
-    monkeypatch.setitem(PREFIXES["paper"], "shout", "[shout] ")
-    rows = make_rows([PLAIN, PAIR])
-    assert [row.task for row in rows] == ["label", "rationale", "shout"] * 2
-    assert [row.number for row in rows] == [0, 1, 2] * 2
-    assert rows[-1] == ("shout", ("[shout] It rains.", "It is dry."), "CONTRADICTION")
-    assert {row.task for row in make_rows([PLAIN], "standard")} == {"label"}
 
 
 def test_a_missing_task_is_zero_not_nan(model):

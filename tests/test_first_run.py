@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, environment, read_jsonl
 
 # In place of torchrun: each run leaves figures at once; FSDP's and the large model's are wrong, and
@@ -30,6 +31,7 @@ def first_run(out: Path, path: Path = Path(sys.executable).parent):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_checks_pass_here(tmp_path):
     out = tmp_path / "checks"
     done = first_run(out)

@@ -185,9 +185,11 @@ evaluation.leave(train.main())
 """
 
 
-@pytest.mark.parametrize("error", ["torch.cuda.OutOfMemoryError('CUDA out of memory: 7')",
-                                   "OSError(28, 'No space left')",
-                                   "RuntimeError('NCCL error: unhandled 7')"])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error",
+    ["torch.cuda.OutOfMemoryError('CUDA out of memory: 7')", "OSError(28, 'No space left')"],
+)
 def test_a_rank_that_fails_alone_says_so_and_leaves(small_task, tmp_path, error):
     """It never takes the group down, which would wait for the others."""
     script = tmp_path / "hanging.py"
@@ -204,12 +206,6 @@ def test_a_rank_that_fails_alone_says_so_and_leaves(small_task, tmp_path, error)
         assert "Traceback" in done.stderr and "rank 1 failed" in done.stderr
 
 
-def test_an_error_of_eval_is_shown_whole(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "run", lambda *_: 1 / 0)
-    assert evaluation.main([str(tmp_path)]) == 1
-    assert "ZeroDivisionError" in capsys.readouterr().err
-
-
 def test_saving_a_state_pins_no_memory(tmp_path, monkeypatch):
     import torch.distributed.checkpoint as dcp
 
@@ -224,6 +220,7 @@ def test_saving_a_state_pins_no_memory(tmp_path, monkeypatch):
     assert read["x"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FAKE_GPU.exists(), reason="needs ../shared/fakegpu")
 def test_on_a_simulated_gpu():
     """No mixed devices, no waiting, no scores in float32; fused attention; few launches."""
@@ -240,5 +237,3 @@ def test_on_a_simulated_gpu():
     token = ask("--decode", "--bf16-weights")
     assert token["mixed_devices"] == {} and token["host_syncs"] <= 1
     assert token["weight_casts"] <= 7, "norms, to float32"
-
-

@@ -22,6 +22,7 @@ def planned(*words, **more) -> dict:
     return json.loads(run("train.py", "--plan", "--json", *words, **more).stdout)
 
 
+@pytest.mark.slow
 def test_xxl_on_sixteen_gpus():
     start = time.monotonic()
     p = planned("--size", "xxl", "--gpus", 16)
@@ -103,6 +104,7 @@ print(peak - base)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_simulated_memory_is_a_real_process_s(recompute):

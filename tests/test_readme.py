@@ -2,12 +2,15 @@
 
 import json
 import re
+import runpy
 import shlex
 
 import pytest
-from conftest import ROOT, read_jsonl, run
+from conftest import ROOT, read_jsonl, read_steps, run, write_jsonl
 from server import Server
 
+import data
+import dsbs
 import eval as evaluation
 import teacher
 import train
@@ -21,15 +24,7 @@ COMMANDS = [
 ]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 OTHER = {"out", "resume", "plan", "gpus", "json", "timeout"}  # of train.py's flags
-QUICK = "--steps 6 --batch-size 6 --eval-every 3".split()
-
-
-def test_the_first_screen_has_the_commands_in_order():
-    wanted = ["pip install -r requirements.txt", "python train.py", "pytest",
-              "torchrun --nproc_per_node=16 train.py --size xxl"]  # fmt: skip
-    assert [c for c in COMMANDS if c in wanted] == wanted
-    assert README.index("path/to/folder") < README.index("## Reading order")
-    assert "ethics statement" in README and "synthetic" in README
+SHORT = "--steps 4 --batch-size 6 --eval-every 2".split()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])
@@ -47,62 +42,70 @@ def test_commands_parse(command):
         evaluation.parse_args(words[script + 1 :])
 
 
-def test_three_commands_from_unlabelled_inputs_to_a_student(tmp_path):
+def test_three_commands_from_unlabelled_inputs_to_a_student(tmp_path, call, monkeypatch):
     """As printed, but for the server's address; from a folder of inputs and a prompt."""
     block = README.split("and three commands:")[1].split("```")[1].splitlines()
     commands = [line for line in block if ".py" in line]
     assert len(commands) == 3
-    (tmp_path / "mine").mkdir()
-    rows = ({"id": f"m{i}", "input": f"What is the colour of the sky, number {i}?"}
-            for i in range(30))  # fmt: skip
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "mine" / "train.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"m{i}", "input": f"What colour is the sky, number {i}?"} for i in range(30)]
+    write_jsonl(tmp_path / "mine" / "train.jsonl", rows)
     prompt = "Q: What is the colour of grass?\nA: Grass is a plant. So the answer is green.\n"
     (tmp_path / "mine" / "prompt.txt").write_text(prompt)
     with Server() as server:
         for line in commands:
             words = shlex.split(line.replace("NAME", "m").replace("URL", server.url))[1:]
-            quick = [*QUICK, "--out", "run"] if words[0] == "train.py" else []
-            run(ROOT / words[0], *words[1:], *quick, cwd=tmp_path)
+            quick = [*SHORT, "--out", "run"] if words[0] == "train.py" else []
+            call(train.main if quick else teacher.main, *words[1:], *quick)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["labels"] == "teacher" and result["n_test"] == 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_fork_of_the_architecture(small_task, tmp_path, processes):
-    assert SNIPPETS[0].count("\n") < 10
-    (tmp_path / "fork.py").write_text(SNIPPETS[0])
-    run(tmp_path / "fork.py", "--dataset", small_task, *QUICK, "--out", tmp_path / "r",
-        processes=processes)  # fmt: skip
-    assert json.loads((tmp_path / "r" / "result.json").read_text())["best_step"] > 0
-    size = (tmp_path / "r" / "last" / "model.safetensors").stat().st_size
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def fork(request, tmp_path, monkeypatch):
+    """Trains with a snippet of README's, in this process or in two of its own; gives the run."""
+
+    def fork(snippet, *words):
+        assert snippet.count("\n") < 10
+        words = [*map(str, words), *SHORT, "--out", str(tmp_path / "r")]
+        (tmp_path / "fork.py").write_text(snippet)
+        if request.param > 1:
+            run(tmp_path / "fork.py", *words, processes=request.param)
+            return tmp_path / "r"
+        monkeypatch.setattr("sys.argv", ["fork.py", *words])
+        monkeypatch.setattr(evaluation, "STUDENT", evaluation.STUDENT)  # put back at the end
+        for table in (data.TASKS, dsbs.TARGETS, dsbs.PREFIXES["paper"]):
+            undo = dict(table)
+            request.addfinalizer(lambda table=table, undo=undo: (table.clear(), table.update(undo)))
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(tmp_path / "fork.py"))
+        assert left.value.code == 0
+        return tmp_path / "r"
+
+    return fork
+
+
+def test_the_fork_of_the_architecture(small_task, fork):
+    out = fork(SNIPPETS[0], "--dataset", small_task)
+    assert json.loads((out / "result.json").read_text())["best_step"] > 0
+    size = (out / "last" / "model.safetensors").stat().st_size
     assert size < 3.5e6, "one encoder block is saved, not two"
 
 
-def test_the_fork_of_the_task(tmp_path):
-    assert SNIPPETS[1].count("\n") < 10
-    (tmp_path / "task.py").write_text(SNIPPETS[1])
-    folder = tmp_path / "datasets" / "boolq"
-    folder.mkdir(parents=True)
+def test_the_fork_of_the_task(tmp_path, fork):
     for name, n in (("train", 30), ("test", 5)):
         rows = [{"id": f"{name}{i}", "passage": "Water is wet.", "question": f"Is it, {i}?",
                  "answer": "yes" if i % 2 else "no"} for i in range(n)]  # fmt: skip
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"boolq_{name}.jsonl").write_text(text)
-    run(tmp_path / "task.py", "--dataset", "boolq", "--method", "standard", *QUICK,
-        "--data-root", tmp_path / "datasets", "--out", tmp_path / "r")  # fmt: skip
-    predictions = read_jsonl(tmp_path / "r" / "predictions.jsonl")
-    assert [row["id"] for row in predictions] == [f"test{i}" for i in range(5)]
+        write_jsonl(tmp_path / "boolq" / f"boolq_{name}.jsonl", rows)
+    out = fork(SNIPPETS[1], "--dataset", "boolq", "--method", "standard", "--data-root", tmp_path)
+    assert [row["id"] for row in read_jsonl(out / "predictions.jsonl")] == [
+        f"test{i}" for i in range(5)
+    ]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_fork_with_a_third_task(small_task, tmp_path, processes):
-    assert SNIPPETS[2].count("\n") < 10
-    (tmp_path / "third.py").write_text(SNIPPETS[2])
-    run(tmp_path / "third.py", "--dataset", small_task, *QUICK, "--lam", "0.5", "--out",
-        tmp_path / "r", processes=processes)  # fmt: skip
-    steps = [m for m in read_jsonl(tmp_path / "r" / "metrics.jsonl") if "loss" in m]
-    assert len(steps) == 6
+def test_the_fork_with_a_third_task(small_task, fork):
+    steps = read_steps(fork(SNIPPETS[2], "--dataset", small_task, "--lam", "0.5"))
+    assert len(steps) == 4
     for m in steps:
         assert m["label_loss"] > 0 and m["rationale_loss"] > 0 and m["gist_loss"] > 0
         others = m["rationale_loss"] + m["gist_loss"]

@@ -459,7 +459,6 @@ def test_every_parameter_has_a_random_stream_of_its_own(config):
                    if "norm" not in name)  # fmt: skip
 
 
-
 # -------------------------------------------------------------------------------- config.json
 
 UNSUPPORTED = dict(feed_forward_proj="gated-silu", dense_act_fn="silu", is_gated_act=True)

@@ -410,6 +410,7 @@ def test_other_passing_faults(room, status, body):
     assert all("error" not in line for line in room.log())
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_at_twenty_percent_faults(room):
     make_folder(room.folder, 1000)
     with Server(faults=0.2, seed=1, hang=4) as server:
@@ -424,6 +425,7 @@ def test_a_thousand_requests_at_twenty_percent_faults(room):
     assert room.report()["accuracy"] == 1
 
 
+@pytest.mark.slow
 def test_three_kills_lose_nothing(room):
     make_folder(room.folder, 1000)
     words, paid = ["--concurrency", 32, "--timeout", 2.5], []
