@@ -47,7 +47,7 @@ def main() -> None:
     batch = {k: torch.from_numpy(v) for k, v in data.collate(tokens, np.arange(2)).items()}
     start = t5.shift_right(batch["labels"])
 
-    model = t5.T5(train.untrained_config("tiny", tokenizer))
+    model = t5.T5(t5.T5.untrained_config("tiny", tokenizer.vocab_size))
     counts = torch.stack([(batch["labels"][i] != -100).sum() for i in (0, 1)])
 
     def losses() -> dsbs.Losses:

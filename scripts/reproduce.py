@@ -524,7 +524,8 @@ def scale_of(dataset: str, args: argparse.Namespace) -> Scale:
     get_task(dataset)
     known = [*(SHAPES if dataset == "demo" else ()), *train.RECIPES]  # smallest first
     for size in args.size or ():
-        train.one_of("size", size, known)
+        if size not in known:
+            raise UserError(f"--size {size!r} is unknown; allowed: {', '.join(known)}")
     sizes = sorted(set(args.size or SIZES.get(dataset, PAPER_SIZES)), key=known.index)
     base = sizes[-1] if dataset == "demo" else sizes[0]
     asked = [" ".join(r for r in words if r != ASDIV) for words in args.rationales or ()]
