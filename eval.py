@@ -101,8 +101,8 @@ def processes(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     CPUs. A rank that waits for another for longer than `timeout` seconds raises.
 
     After an exception the group stays open: under NCCL, destroy_process_group can wait for ever for
-    collectives that the other ranks never join. The program prints the error and exits (`leave`).
-    https://github.com/NVIDIA/nccl/issues/863
+    collectives that the other ranks never join. The program prints the error, and `exit_process`
+    ends it. https://github.com/NVIDIA/nccl/issues/863
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -153,7 +153,7 @@ def exit_status(program: Callable[[], int]) -> int:
         return 1
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """Exits the program. A rank exits without the interpreter's shutdown, in which a gloo thread
     that releases a collective's tensor can abort the process, and with it the whole job:
     https://github.com/pytorch/pytorch/issues/190489"""
@@ -508,4 +508,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

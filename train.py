@@ -72,8 +72,8 @@ from eval import (
     Student,
     autocast,
     choose_device,
+    exit_process,
     exit_status,
-    leave,
     print0,
     processes,
     rank_and_world,
@@ -804,7 +804,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 
 class Signals:
     """Notes the first signal that asks the run to stop; the loop then saves and stops. Slurm sends
-    SIGUSR1 where it is told to; a signal that is ignored at the start (nohup) stays ignored."""
+    SIGUSR1 if configured; a signal that is ignored at the start (nohup) stays ignored."""
 
     def __init__(self) -> None:
         self.got, self.at = 0, 0.0
@@ -1033,7 +1033,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
                     print0(f"state of step {step} saved in {seconds:.1f} s")
             if stop:
                 if world > 1:
-                    dist.barrier()  # all ranks leave together, once rank 0 has saved
+                    dist.barrier()  # all ranks exit together, once rank 0 has saved
                 raise Interrupted(stop)
     if metrics_file:
         metrics_file.close()
@@ -1210,4 +1210,4 @@ if __name__ == "__main__":
     # scripts/plan.py imports this file as `train`. To run that module, and not a second copy of it:
     from importlib import import_module
 
-    leave(import_module("train").main())
+    exit_process(import_module("train").main())

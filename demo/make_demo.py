@@ -201,9 +201,9 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     for name, content in make_demo().items():
-        beside = out / f"{name}.tmp"
-        beside.write_bytes(content)
-        os.replace(beside, out / name)
+        temporary = out / f"{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, out / name)
 
 
 if __name__ == "__main__":
