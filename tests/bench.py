@@ -412,7 +412,12 @@ def padding(quick: bool, folder: Path) -> dict:
                 chosen = rows.rows_of(data.step_examples(rows.n_examples, c.batch_size, 0, step))
                 source, target = (x[chosen] for x in up)
                 assigned = data.micro_batches(
-                    source, target, rows.tasks[chosen], c.micro_tokens, ranks, train.OVERHEAD[device]
+                    source,
+                    target,
+                    rows.tasks[chosen],
+                    c.micro_tokens,
+                    ranks,
+                    train.OVERHEAD[device],
                 )
                 real += sum(int(x[chosen].sum()) for x in lengths)
                 places += sum(len(p) * (source[p].max() + target[p].max())
