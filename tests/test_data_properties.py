@@ -168,6 +168,8 @@ def test_every_epoch_has_every_example_once(n: int, batch: int, seed: int, epoch
     for epoch in range(epochs):
         assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert step_examples(n, batch, seed, steps - 1).tolist() == order[-batch:].tolist(), "pure"
+    if n >= 20 and epochs > 1:  # with fewer, two shuffled orders may be equal by chance
+        assert order[:n].tolist() != order[n : 2 * n].tolist(), "another order in each epoch"
 
 
 lengths = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 20)), min_size=1, max_size=40)
