@@ -255,11 +255,11 @@ def test_best_is_the_best_so_far(small_task, begin, call, tmp_path, monkeypatch)
 
 
 def test_each_step_draws_other_dropout_masks(small_task, call, tmp_path):
-    """With all 24 examples in each step and no learning, only dropout changes the loss."""
+    """With one example in each step and no learning, only dropout changes the loss."""
     for dropout, expected in (("0.1", 3), ("0", 1)):
         out = tmp_path / dropout
-        call(train.main, "--dataset", small_task, *QUICK, "--batch-size", 24, "--lr", 1e-30,
-             "--steps", 3, "--dropout", dropout, "--out", out)  # fmt: skip
+        call(train.main, "--dataset", small_task, *QUICK, "--batch-size", 1, "--lr", 1e-30,
+             "--fraction", 0.01, "--steps", 3, "--dropout", dropout, "--out", out)  # fmt: skip
         assert len({round(row["loss"], 4) for row in read_steps(out)}) == expected
 
 
