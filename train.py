@@ -137,6 +137,7 @@ def flag(default: Any, help: str, allowed: Iterable[str] | Bound | None = None) 
 class Config:
     """The settings of a run and its flags. `resolve` fills in each None; `run.json` stores all."""
 
+    # The student and its data.
     size: str = flag("tiny", f"{', '.join(RECIPES)}; default tiny", RECIPES)
     weights: str | None = flag(
         None,
@@ -147,6 +148,7 @@ class Config:
         "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default demo for tiny, else esnli",
     )
     data_root: str = flag("datasets", "folder of the benchmarks; default datasets")
+    # What the student learns, and from how many examples.
     method: str = flag("step-by-step", f"{', '.join(METHODS)}; default step-by-step", METHODS)
     labels: str = flag("human", "human or teacher; default human", ("human", "teacher"))
     rationales: list[str] | None = flag(
@@ -158,6 +160,7 @@ class Config:
         None, "asdiv: train on its problems too, with a teacher's labels", ("asdiv",)
     )
     augment_fraction: float = flag(1.0, "share of the augmenting examples; default 1", SHARE)
+    # The optimizer.
     steps: int | None = flag(None, "optimizer steps" + by_size("steps"), COUNT)
     batch_size: int | None = flag(
         None, "examples in a step, over all processes" + by_size("batch_size"), COUNT
@@ -168,6 +171,7 @@ class Config:
     lam: float = flag(1.0, "lambda of Eq. 3; default 1", WEIGHT)
     dropout: float = flag(0.1, "default 0.1", PROBABILITY)
     seed: int = flag(0, "default 0", NATURAL)
+    # How the run is carried out.
     eval_every: int | None = flag(None, "steps between evaluations" + by_size("eval_every"), COUNT)
     device: str | None = flag(None, "cpu, cuda or cuda:N; default: a GPU where there is one")
     precision: str | None = flag(
@@ -210,7 +214,10 @@ def check_values(c: Config) -> None:
 
 
 def resolve(config: Config) -> Config:
-    """Fills in what follows from the rest and checks it; UserError for what cannot be run."""
+    """Returns a copy without None: defaults that depend on the size, the data set, the device and
+    the number of processes are filled in. UserError for a combination that cannot be run. Resolving
+    a resolved configuration changes nothing, so that a resumed run starts from `run.json`.
+    """
     c = Config(**asdict(config))
     check_values(c)
     for name, value in RECIPES[c.size].items():
@@ -296,7 +303,10 @@ def command(*words: str) -> str:
 
 
 def agreed(work: Callable[[], Any]) -> Any:
-    """Rank 0's value of work(), or its UserError, on every rank: one process touches the files."""
+    """Returns, on every rank, what `work` returned on rank 0, or raises the UserError that it
+    raised there. Only rank 0 calls `work`, so that one process reads and changes the run folder,
+    and all ranks act on the same answer. The answer is sent as an object: it must be small.
+    """
     rank, world = rank_and_world()
     box = [None, None]
     if rank == 0:
@@ -346,8 +356,9 @@ def provenance(c: Config) -> dict:
 def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -> dict | None:
     """Claims the run folder: writes `run.json`, or checks that the one there is of this run.
 
-    Returns the result of a finished run, else None. UserError if the folder holds another run,
-    or an unfinished one without --resume.
+    Returns `result.json` of a finished run, and None for a new or unfinished one. `about` is
+    `provenance(c)`, `argv` the command line without the program. UserError if the folder holds
+    another run, or an unfinished one without --resume.
     """
     path = out / "run.json"
     if not path.exists():
@@ -387,8 +398,9 @@ def save_student(
 ) -> None:
     """Writes a student folder that `eval.py` and `transformers` load.
 
-    The new folder is complete before it replaces the old one; `restore` repairs a crash between
-    the two renames. All ranks of a sharded model call this to gather it; rank 0 writes.
+    The new folder is complete and on the disk before it replaces the old one; `restore` repairs a
+    crash between the two renames. Rank 0 writes. All ranks of a sharded model must call this: each
+    gives its shards, and a class that cannot gather its own is gathered here.
     """
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     writes = rank_and_world()[0] == 0
@@ -477,7 +489,10 @@ def latest_state(out: Path) -> Path | None:
 
 
 def named_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
-    """Weights and AdamW's moments by name, all float32; this rank's shards of a sharded model."""
+    """Weights and AdamW's moments by name, all float32; of a sharded model DTensors, which know
+    this rank's shard and its place in the whole. These tensors are the model's own: filling them
+    fills the model. Nothing else goes to the checkpoint writer: with other objects, torch 2.13
+    reports success and writes a file that cannot be read."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach()
@@ -526,7 +541,8 @@ def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer, siz
     """Writes `state/step-N/` and removes the state before it. Returns the seconds that it took.
 
     `size` is that of `metrics.jsonl`, in bytes. All ranks of a sharded model call this and write
-    their shards; otherwise rank 0 alone. The folder gets its name once it is on the disk.
+    their shards; otherwise rank 0 alone calls it. The folder gets its name after everything in it
+    is on the disk, so that a folder with that name is a complete state, whenever the power fails.
     """
     start, sharded, first = time.monotonic(), c.parallel == "fsdp", rank_and_world()[0] == 0
     root = out / "state"
@@ -538,7 +554,7 @@ def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer, siz
         temporary.mkdir(parents=True)
     if sharded:
         dist.barrier()
-    save_tensors(temporary, named_tensors(model, optimizer), sharded)
+    save_tensors(temporary, named_tensors(model, optimizer), sharded)  # returns once all have
     if first:
         write_json(temporary / "state.json", {
             "step": step, "metrics_bytes": size, "threads": torch.get_num_threads(),
@@ -547,7 +563,7 @@ def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer, siz
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         os.replace(temporary, folder)
-        fsync(root)
+        fsync(root)  # the rename is on the disk too: only now may the state before it go
         for other in root.glob("step-*"):
             if other != folder:
                 shutil.rmtree(other)
@@ -567,8 +583,11 @@ def empty_moments(model: nn.Module, optimizer, step: int) -> None:
 
 
 def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict:
-    """Fills the model and the optimizer from the latest state, saved by any number of processes,
-    and returns its `state.json`; where there is no state yet, that of step 0."""
+    """Fills the model and the optimizer from the latest state, saved by any number of processes.
+
+    Returns its `state.json`: step, metrics_bytes, threads, world. Where there is no state yet, the
+    model keeps its initial weights, AdamW makes its moments in its first step, and step is 0.
+    """
     folder = agreed(lambda: latest_state(out))
     if folder is None:
         return {"step": 0, "world": None, "metrics_bytes": 0}
@@ -643,7 +662,7 @@ def fraction_of(examples: list[Example], fraction: float, seed: list[int]) -> li
 
 @dataclass
 class Data:
-    """Everything that a run reads, tokenised once."""
+    """Everything that a run reads, tokenised once and kept in host memory."""
 
     tokenizer: Tokenizer
     rows: TokenRows
@@ -655,7 +674,11 @@ class Data:
 
 
 def prepare(c: Config) -> Data:
-    """Reads the splits, takes the fraction, makes rows and token arrays, and counts."""
+    """Reads the splits, takes the fraction, makes rows and token arrays, and counts.
+
+    Every rank does this for itself and gets the same: which rows a step has follows from the seed.
+    UserError where there is nothing to learn or nothing to score.
+    """
     folder = HERE / "demo" if c.weights == "random" else Path(c.weights)
     tokenizer = evaluation.load_tokenizer(folder)
     counts = Counter()
@@ -664,6 +687,7 @@ def prepare(c: Config) -> Data:
         source = split_rationales(c, split)
         return load_dataset(c.dataset, split, c.data_root, source, counts, c.augment)
 
+    # The splits; valid and test must have labels to score against.
     everything, valid = load("train", counts), load("valid")
     test = load("test") if has_split(c.dataset, "test", c.data_root) else None
     for split, examples in (("valid", valid), ("test", test)):
@@ -671,6 +695,7 @@ def prepare(c: Config) -> Data:
             raise UserError(f"no example of {split} has a label, neither human nor the teacher's: "
                             "nothing to score; give --rationales with the teacher's answers to it, "
                             "or a file with labels")  # fmt: skip
+    # The examples to train on: a seeded fraction, with the wanted label.
     own = fraction_of(everything, c.fraction, [c.seed, 1])
     more = augmenting(c, counts) if c.augment else []
     examples = own + more
@@ -686,6 +711,7 @@ def prepare(c: Config) -> Data:
             f"--method {c.method} needs rationales and no training example has one; "
             "give --rationales, or --method standard"
         )
+    # One row for each example and task, as token ids; and what a user should know about them.
     made = make_rows(usable, c.method, c.labels, c.prefixes, c.dataset)
     rows = tokenize_rows(made, tokenizer)
     share = lambda part, whole: f"{part:,} ({100 * part / max(whole, 1):.2f} %)"  # noqa: E731
@@ -752,13 +778,15 @@ def own_device(c: Config) -> torch.device:
 
 
 def parallelize(model: nn.Module, c: Config) -> nn.Module:
-    """The same model, made ready for several processes; its backward averages gradients over them.
+    """Prepares a model for several processes; its backward then averages gradients over them.
 
-    ddp: a copy on each. fsdp: each holds a part of every parameter, gradient and moment in float32
-    (FSDP2, https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html); a block's weights
-    are gathered when it runs, in bf16 where that is the precision, and gradients reduced in
-    float32. An embedding tied to the head is gathered with the whole model, or it would be gone
-    when the head needs it.
+    none: applies --recompute and --compile only. ddp: returns a wrapper; each process has a copy.
+    fsdp: changes the model in place; each process holds a shard of every parameter, gradient and
+    moment in float32 (FSDP2, https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
+    A unit's weights are gathered when it runs, in bf16 where that is the precision, and gradients
+    are reduced in float32. Units are the blocks, the embedding and the head; the model itself has
+    the rest. An embedding tied to the head belongs to the rest, which stays gathered from the
+    first block to the head.
     """
     for block in dict.fromkeys(model.blocks):  # a fork may use one twice
         if c.recompute:
@@ -844,7 +872,12 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
 def forward_backward(
     model: nn.Module, batch: dict[str, Tensor], counts: Tensor, c: Config, scale: int
 ) -> Tensor:
-    """One micro-batch: adds to the gradients, returns its shares of each task's loss and of L."""
+    """Runs one micro-batch and adds to the gradients, times `scale`.
+
+    batch: input_ids, attention_mask (B, S), labels (B, T), tasks (B,), all int64. counts (tasks,):
+    each task's target tokens in the whole step. Returns (tasks + 1,) float32: what this micro-batch
+    adds to each task's loss of the step and to their weighted sum L (Eq. 3).
+    """
     labels = batch["labels"]
     with autocast(counts.device, c.precision):
         logits = model(batch["input_ids"], batch["attention_mask"], decoder_inputs(model, labels))
@@ -856,13 +889,15 @@ def forward_backward(
 def train_step(
     model, optimizer, c: Config, data: Data, step: int, device: torch.device, stop: int
 ) -> tuple[dict, int]:
-    """One optimizer step, `step` from 0; `stop` is the signal that this rank got, or 0.
+    """Runs one optimizer step, `step` from 0; `stop` is the signal that this rank got, or 0.
 
-    Returns its figures for `metrics.jsonl`, and the signal that any rank got, or 0. RunError where
-    the loss or the gradient is not finite.
+    Returns the step's figures for `metrics.jsonl`, and the signal that any rank got, or 0. RunError
+    on all ranks where the loss or the gradient is not finite; weights and moments are unchanged.
     """
     start, rows = time.monotonic(), data.rows
     (rank, world), n = rank_and_world(), len(TARGETS)
+
+    # The step's rows, and this rank's micro-batches. Every rank computes the same division.
     examples = step_examples(rows.n_examples, c.batch_size, c.seed, step)
     numbers = rows.rows_of(examples)  # both rows of each example, on every rank
     tasks, multiple = rows.tasks[numbers], evaluation.MULTIPLE[device.type]
@@ -870,6 +905,8 @@ def train_step(
     lengths = round_up(sources, multiple), round_up(targets, multiple)
     cost = c.micro_tokens, world, OVERHEAD[device.type]
     batches = micro_batches(*lengths, tasks, *cost)[rank]
+
+    # What must be known before the first backward pass, copied to the device at once.
     known = to_tensors({
         # Each task's target tokens in the whole step: the denominators of Eq. 1 and 4.
         "counts": np.array([targets[tasks == task].sum() for task in range(n)]),
@@ -880,11 +917,14 @@ def train_step(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
+    # Learning rate and dropout follow from the step alone, so a resumed run has the same.
     lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
     for group in optimizer.param_groups:
         group["lr"] = lr
     dropout_seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(dropout_seed[0]))
+
+    # Forward and backward; gradients add up over the micro-batches.
     for i, part in enumerate(batches):
         batch = to_tensors(collate(rows, numbers[part], multiple), device)
         # Gradients are averaged over the ranks, and our losses are parts of one sum: times world.
@@ -892,6 +932,8 @@ def train_step(
         wait = c.parallel == "ddp" and i < len(batches) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
             shares[: n + 1] += forward_backward(model, batch, counts, c, world)
+
+    # Sums over the ranks, the clipped norm, and one look at all of it.
     if world > 1:
         dist.all_reduce(shares)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1152,7 +1194,8 @@ def run(given: dict, argv: list[str], out: str | None, resume: bool) -> int:
             held.enter_context(lock(out / ".lock"))
             return open_run(c, out, about, argv, resume)
 
-        # An existing folder is checked first; a new one is made once all files have been read.
+        # An existing folder is checked before the data are read, which may take minutes; a new one
+        # is made after that, so that a mistake in the data makes no folder.
         exists = agreed((out / "run.json").exists)
         result = agreed(claim) if exists else None
         if result:
