@@ -623,7 +623,7 @@ BLANK_LINE = re.compile(r"\n[ \t]*\n")
 LINE_MARKS = "#>*+•- \t"
 MARKS = "*_`\"'“‘"
 CLOSING = str.maketrans("“‘", "”’")
-SKIP = r"(?:\n[ \t]*(?:[-+*•>]|#+)[ \t]+|[\s:])*"  # what may stand between a marker and its label
+SKIP = r"(?:\n[ \t]*(?:(?:[-+*•>]|#+)(?:[ \t]+|(?=\n)))+|[\s:])*"  # what may stand between a marker and its label
 LINE = re.compile(rf"{SKIP}(.*)")
 CHOICE = re.compile(rf"{SKIP}([{MARKS}]*)\([*_`]*[{LETTERS}][*_`]*\)(?:[*_`]+(?!\w))?[ \t]*(.*)")
 # The full stop that ends an answer: the line's last, or one before a space, but not U.S. or Dr.
