@@ -6,7 +6,6 @@ network, lambda or ranks.
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -51,8 +50,6 @@ class Example:
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without `-o flock`, some NFS
-
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file atomically, and creates its folder. Readers see the old file or the new
@@ -96,14 +93,13 @@ def lock(path: Path) -> FileIO:
         ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         raise UserError(
             f"{path} is in use by another process; wait for it, or give another --out"
         ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        print(f"warning: {path}: this filesystem has no locks; use one process", file=sys.stderr)
+    except OSError as error:  # Lustre without `-o flock`, some NFS and FUSE
+        reason = f"this filesystem has no locks ({error.strerror})"
+        print(f"warning: {path}: {reason}; use one process", file=sys.stderr)
     return file
 
 
@@ -284,9 +280,8 @@ def get_task(name: str | Task) -> Task:
     task = replace(task, folder=str(folder), cut=cut, **facts)
     if "labels" not in facts and task.scorer == "text":
         stat = train.stat()
-        task = replace(
-            task, labels=_labels_seen(train, _form(task), stat.st_mtime_ns, stat.st_size)
-        )
+        labels = _labels_seen(train, _form(task), stat.st_mtime_ns, stat.st_size)
+        task = replace(task, labels=labels)
     return task
 
 
@@ -497,9 +492,7 @@ def other_form(path: Path | str, content: bytes, csv: bool = False) -> str:
         return f"{byte} is not UTF-8; if it is latin-1, `iconv -f LATIN1 -t UTF-8 {name} > new`"
     with contextlib.suppress(ValueError, RecursionError):
         if text.startswith("[") and isinstance(json.loads(text), list):
-            return (
-                f"a JSON array, not an object a line; convert it: `{CONVERT} json.load{OUT(name)}`"
-            )
+            return f"a JSON array, not JSON lines; convert it: `{CONVERT} json.load{OUT(name)}`"
     if csv and re.match(r"[^{[<\n]+[,;\t]", text):
         return f"looks like CSV, not JSON lines; convert it: `{CONVERT} csv.DictReader{OUT(name)}`"
     return ""
@@ -623,7 +616,7 @@ BLANK_LINE = re.compile(r"\n[ \t]*\n")
 LINE_MARKS = "#>*+•- \t"
 MARKS = "*_`\"'“‘"
 CLOSING = str.maketrans("“‘", "”’")
-SKIP = r"(?:\n[ \t]*(?:(?:[-+*•>]|#+)(?:[ \t]+|(?=\n)))+|[\s:])*"  # what may stand between a marker and its label
+SKIP = r"(?:\n[ \t]*(?:(?:[-+*•>]|#+)(?:[ \t]+|(?=\n)))+|[\s:])*"  # from a marker to its label
 LINE = re.compile(rf"{SKIP}(.*)")
 CHOICE = re.compile(rf"{SKIP}([{MARKS}]*)\([*_`]*[{LETTERS}][*_`]*\)(?:[*_`]+(?!\w))?[ \t]*(.*)")
 # The full stop that ends an answer: the line's last, or one before a space, but not U.S. or Dr.
@@ -634,14 +627,14 @@ STOP = re.compile(
 EXPRESSION = re.compile(rf"[\s:$]*((?:{NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+)")
 # How others write numbers and what they compute with: emphasis, 1,000, $5, 3 x 4, 5 red apples, 5%.
 EMPHASIS = re.compile(r"(?<![\w).*])(\*{1,3}|_{1,3}|`+|[\"$])(?=\S)(.+?)(?<=\S)\1(?![\w(])")
+MAX_MARKED = 200  # characters of an expression in which emphasis is looked for
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 TIMES = re.compile(r"(?<=[\d)])\s*[xX×·]\s*(?=[\d($-])")
 SIGNS = str.maketrans({"÷": "/", "−": "-", "–": "-", "×": "*", "\\": " "} | dict.fromkeys("$€£¥"))
 COMPUTES = (  # words that change a number's value, so that they are no units; and variables
-    "and|or|plus|minus|times|over|of|by|to|from|into|between|mod|divided|multiplied|squared|cubed|"
-    "pairs?|dozens?|scores?|hundreds?|thousands?|millions?|billions?|trillions?|half|halves|thirds?|"
-    "quarters?|fourths?|fifths?|percent|more|less|fewer|than|factorial|not|one|two|three|four|five|"
-    "six|seven|eight|nine|ten|if|e|x|y|z|n|k|K|M|B|bn"
+    "and|or|not|if|plus|minus|times|over|of|by|to|from|mod|divided|multiplied|squared|cubed|factorial|"
+    "dozens?|hundreds?|thousands?|millions?|billions?|trillions?|half|thirds?|quarters?|percent|more|"
+    "less|fewer|than|one|two|three|four|five|six|seven|eight|nine|ten|[exyznkKMB]|bn"
 )
 WORD = rf"(?!(?:{COMPUTES})\b)[^\W\d_]+(?:[/'’-][^\W\d_]+)*[²³]?"
 UNITS = re.compile(rf"(?<=[\d).])\s*°?{WORD}(?:\s+{WORD}){{0,3}}(?=\s*(?:[-+*/)]|$))")
@@ -749,7 +742,9 @@ def _expression(text: str, opened: str) -> str | None:
     if len(parts) == 1 and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
         return None  # it goes on in the next line
     sentence = parts[0].strip()
-    if evaluate_arithmetic(sentence) is None:  # "(9) * 2" has no emphasis in it
+    if (
+        evaluate_arithmetic(sentence) is None and len(sentence) <= MAX_MARKED
+    ):  # "(9) * 2" has no emphasis in it
         sentence = EMPHASIS.sub(r"\2", _bare(sentence, opened))
     sides = [_numbers(side) for side in sentence.split("=")]
     same = all(_same_value(side, sides[0]) for side in sides)
@@ -768,7 +763,7 @@ def _numbers(text: str) -> str:
 def _released_expression(text: str) -> str | None:
     """Returns an expression as the released parser cuts it: "(16 * 17) * 4." becomes "(16 * 17)";
     of "(3 + 1) and (9 - 2)" the last remains, which is the value of Python's `and`."""
-    match = EXPRESSION.match(EMPHASIS.sub(r"\2", text))
+    match = EXPRESSION.match(EMPHASIS.sub(r"\2", text[:MAX_MARKED]) + text[MAX_MARKED:])
     run = match[1].strip() if match else ""
     if run.count("(") > run.count(")") or not run.startswith("(") or run[-1] in "+-*/":
         return None  # the completion was cut off: "(120 /", "(9 - 2) * (3"
@@ -932,14 +927,12 @@ def check_labels(
     changed = [text for text in texts if back[text] != text]
     lost = [text for text in changed if back[text].split() != text.split()]
     faults = " ".join(sorted({c for text in lost for c in {*text} - {*back[text]}}))
-    shown = ", ".join(
-        f"{text!r} as {back[text]!r}" for text in list(dict.fromkeys([*lost, *changed]))[:5]
-    )
+    first = list(dict.fromkeys([*lost, *changed]))[:5]
+    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in first)
     problem = f"{len(changed)} labels or choices come back changed from the vocabulary: {shown}"
     problem += f"; it cannot write these characters: {faults}" if faults else ""
-    if {*lost} & {*closed} or len({" ".join(back[label].split()) for label in closed}) < len(
-        closed
-    ):
+    written = {" ".join(back[label].split()) for label in closed}
+    if {*lost} & {*closed} or len(written) < len(closed):
         raise UserError(f"{problem}; write these labels in other characters, each its own way")
     alike: dict[str, list[str]] = {}
     for label in sorted(labels) if task.scorer == "text" else ():

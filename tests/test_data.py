@@ -92,12 +92,14 @@ def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path, monkeypatch, 
     with pytest.raises(UserError, match="--out .*File exists"):
         lock(path / "below")
 
-    def no_locks(*_) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+    for code in (errno.ENOLCK, errno.EINVAL, errno.EIO):
 
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with lock(path), lock(path):
-        assert capsys.readouterr().err.count("warning: ") == 2
+        def no_locks(*_, code=code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("fcntl.flock", no_locks)
+        with lock(path), lock(path):
+            assert capsys.readouterr().err.count("warning: ") == 2
 
 
 def test_sha256_of_bytes_and_of_a_file(tmp_path: Path) -> None:
@@ -526,7 +528,8 @@ def test_answers_are_written_as_they_are_read(closed: str) -> None:
 def test_hostile_completions_are_quick() -> None:
     start = time.process_time()
     for junk in ("(", " ", "\n", "\n ", ". ", "(1+", "The answer is (", "So the answer is (a) ",
-                 "Answer: neutral or ", "Q: ", "\0", "and (", "((1) and "):  # fmt: skip
+                 "Answer: neutral or ", "Q: ", "\0", "and (", "((1) and ", "\n- ",
+                 "*", "\n>", "1,", "$1 x ", "a b ", "=", '"a" '):  # fmt: skip
         for name in ("svamp", "cqa", "esnli", "anli1"):
             parse_completion(name, junk * 1_000)
             parse_completion(name, TASKS[name].marker + junk * 1_000)
