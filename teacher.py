@@ -14,6 +14,11 @@ A prompt file is plain text: comments (#) and an instruction at its top, then de
 an input after "Q: " and its rationale and answer after "A: ", parted by blank lines.
 """
 
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
+
 import argparse
 import contextlib
 import email.utils
@@ -29,7 +34,6 @@ import shlex
 import signal
 import socket
 import ssl
-import sys
 import threading
 import time
 import urllib.error

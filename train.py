@@ -16,6 +16,11 @@ size of `metrics.jsonl`. It is written to a temporary folder, which is then rena
 accuracy so far is stored in `best/` alone.
 """
 
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
+
 import argparse
 import contextlib
 import json
@@ -27,7 +32,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
@@ -53,6 +57,7 @@ from data import (
     Tokenizer,
     TokenRows,
     UserError,
+    check_labels,
     collate,
     data_files,
     get_task,
@@ -65,6 +70,7 @@ from data import (
     sha256,
     step_examples,
     tokenize_rows,
+    unknown_characters,
     write_json,
     write_jsonl,
 )
@@ -675,7 +681,8 @@ def check_files(c: Config) -> None:
             "(untrained)"
         )
     for source, paths in input_files(c).items():
-        if lost := [str(path) for path in dict.fromkeys(paths) if not path.is_file()]:
+        lost = [str(path) for path in dict.fromkeys(paths) if not path.is_file()]
+        if lost:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             missing.append(f"{', '.join(lost[:3])}{more}: No such file; from {source}")
     if missing:
@@ -751,9 +758,14 @@ def prepare(c: Config) -> Data:
             f"--method {c.method} needs rationales and no training example has one; "
             "give --rationales, or --method standard"
         )
+    gold = [e.label for e in everything + valid + (test or [])]
+    labels = [*gold, *(wanted_label(e, c.labels) for e in usable)]
+    warnings = check_labels(get_task(c.dataset), tokenizer, labels, [e.input for e in everything])
     # One row for each example and task, as token ids; and what a user should know about them.
     made = make_rows(usable, c.method, c.labels, c.prefixes, c.dataset)
     rows = tokenize_rows(made, tokenizer)
+    texts = (text for row in made if rows.unknown_tokens for text in (row.source, row.target))
+    unknown = " ".join(unknown_characters(texts, tokenizer))
 
     def share(part: int, whole: int) -> str:
         return f"{part:,} ({100 * part / max(whole, 1):.2f} %)"
@@ -768,8 +780,12 @@ def prepare(c: Config) -> Data:
         f"teacher answers without an example: {counts['teacher_ids_unmatched']:,}",
         f"rows: {len(made):,}; truncated sources {share(rows.truncated_sources, len(made))}, "
         f"targets {share(rows.truncated_targets, len(made))}; "
-        f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}",
+        f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}"
+        + (f", above all of {unknown}" if unknown else ""),
+        *warnings,
     ]
+    if counts["labels_stripped"]:
+        notes.append(f"warning: space around {counts['labels_stripped']:,} labels was cut")
     majority = Counter(wanted_label(e, c.labels) for e in usable).most_common(1)[0][0]
     return Data(tokenizer, rows, [e.id for e in usable], valid, test, majority, notes)
 
@@ -802,16 +818,29 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
                 model.load_weights(folder)
     else:
         model = student(untrained) if random else evaluation.load_model(folder)
-    rows = model.config.vocab_size if hasattr(model, "config") else math.inf  # a fork may lack it
-    if rows < tokenizer.vocab_size:
-        raise UserError(
-            f"{c.weights}: vocab_size {rows} is smaller than its tokenizer's "
-            f"{tokenizer.vocab_size}; they belong to different models"
-        )
+    evaluation.check_vocabulary(model, tokenizer, c.weights)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = c.dropout  # whatever config.json says: v1.1's is for pretraining
     return parallelize(model, c) if c.parallel == "fsdp" and not fills_shards(student) else model
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of a model's parameters; those that are shared count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_size(c: Config, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """UserError where --size was given and the weights are of another size. T5 1.0's shapes differ
+    from v1.1's, by less than a factor of two."""
+    with torch.device("meta"):
+        config = evaluation.untrained_config(c.size, tokenizer.vocab_size)
+        expected = parameters(type(model)(config))
+    if not expected / 2 <= parameters(model) <= 2 * expected:
+        raise UserError(
+            f"--size {c.size} has about {expected:,} parameters, and --weights {c.weights} "
+            f"{parameters(model):,}; give the size of these weights, or weights of this size"
+        )
 
 
 def fills_shards(student: type[nn.Module]) -> bool:
@@ -1040,16 +1069,16 @@ def log_line(c: Config, m: dict, seconds_left: float) -> str:
 def first_lines(c: Config, data: Data, model: nn.Module, done: int) -> str:
     """What a run prints before its first step: data, model, steps, disk space. All is float32: a
     state has weights and two moments, 12 bytes a parameter, a student 4."""
-    parameters = sum(p.numel() for p in model.parameters())
+    size = parameters(model)
     epochs = c.steps * c.batch_size / data.rows.n_examples
     return "\n".join(data.notes) + (
-        f"\nmodel: {c.weights} ({c.size}), {parameters:,} parameters; {c.precision} on "
+        f"\nmodel: {c.weights} ({c.size}), {size:,} parameters; {c.precision} on "
         f"{rank_and_world()[1]} x {c.device}, {c.parallel}; {torch.get_num_threads()} threads\n"
         f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
         f"most {c.micro_tokens:,} tokens; valid every {c.eval_every}, state every {c.save_every}"
         + (f"; continuing after step {done}" if done else "")
-        + f"\ndisk: a state {12 * parameters / 1e6:,.0f} MB, best and last "
-        f"{4 * parameters / 1e6:,.0f} MB each\n"
+        + f"\ndisk: a state {12 * size / 1e6:,.0f} MB, best and last "
+        f"{4 * size / 1e6:,.0f} MB each\n"
         f"cost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples, "
         f"at least {-(-c.steps // c.save_every):,} saved states; training waits for each"
     )
@@ -1174,7 +1203,7 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
     result = {
         "valid_accuracy": about["valid_accuracy"], "test_accuracy": summary["accuracy"],
         "n_test": summary["n"], "best_step": about["step"], "labels": kind,
-        "majority_accuracy": hits / len(scored),
+        "majority_accuracy": hits / len(scored), "parameters": parameters(model),
         **{key: getattr(c, key) for key in ("dataset", "size", "method", "fraction", "seed")},
     }  # fmt: skip
     if rank == 0:
@@ -1251,10 +1280,11 @@ def remembered(given: dict, out: str | None, resume: bool) -> dict:
     return given
 
 
-def run(given: dict, argv: list[str], out: str | None, resume: bool) -> int:
+def run(given: dict, argv: list[str], out: str | None, resume: bool, sized: bool) -> int:
     """Trains and scores a run, or shows a finished one; returns 0, or 128 + n after signal n.
 
     given: the flags that were given, by Config's names. argv: the command line, for run.json.
+    sized: was --size given?
     UserError, RunError and OSError where the run cannot be started or continued.
     """
     c = resolve(Config(**given))
@@ -1278,6 +1308,8 @@ def run(given: dict, argv: list[str], out: str | None, resume: bool) -> int:
         else:
             data = prepare(c)
             model = build_model(c, data.tokenizer)
+            if sized and c.weights != "random" and hasattr(type(model), "untrained_config"):
+                check_size(c, model, data.tokenizer)
             if not exists:
                 from_rank_0(claim)
             print0(f"run folder: {out}")
@@ -1314,7 +1346,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = remembered(given, out, resume)
         try:
             with processes(choose_device(settings.get("device")), timeout):
-                return run(settings, argv, out, resume)
+                return run(settings, argv, out, resume, "size" in given)
         except (OSError, SafetensorError) as error:  # a full disk, above all
             more = "solve this, then repeat the command with --resume; saved states are kept"
             raise RunError(f"{error}; {more}") from None

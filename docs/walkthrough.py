@@ -4,9 +4,13 @@
 completions under `datasets/`. The student is `tiny`, untrained, so that no download is needed.
 """
 
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
+
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
