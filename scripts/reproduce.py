@@ -335,6 +335,8 @@ def flags_of(c: train.Config) -> list[str]:
         flag = name.replace("_", "-")
         if value is None or name == "parallel":  # it follows from the number of processes
             continue
+        if name == "size" and value == train.Config.size:  # our smaller shapes have no size's name
+            continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
