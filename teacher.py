@@ -2,16 +2,21 @@
 
     python teacher.py --dataset svamp --split train --model NAME --base-url URL
 
-Any server that speaks OpenAI's HTTP API will do. This file owns prompts, the client, the raw log
-and the report; it knows nothing of torch or training. What flows:
+This file owns prompts, the client for servers that speak OpenAI's HTTP API, the raw log and the
+report. It knows nothing of torch or training. The data flow:
 
     prompt + example -> request -> NAME.raw.jsonl (append-only, paid for once)
                                    -> NAME.jsonl (examples with answers) and NAME.report.json
 
-The last two are derived from the log, offline and again whenever wanted (--parse-only).
+The last two are derived from the log, offline and as often as you like (--parse-only).
 
-A prompt file is plain text: comments (#) and an instruction at its top, then demonstrations, each
-an input after "Q: " and its rationale and answer after "A: ", parted by blank lines.
+Servers differ, and the client does not guess what they mean. It has three rules:
+1. A request holds few keys, and --body adds, changes or removes any of them.
+2. The way an answer ended decides what it is (ENDINGS).
+3. Every reply that was paid for is appended to the log before it is judged.
+
+A prompt file is plain text: comments (#) and an instruction at the top, then demonstrations, each
+an input after "Q: " and its rationale and answer after "A: ", with blank lines between them.
 """
 
 import argparse
@@ -19,10 +24,13 @@ import contextlib
 import email.utils
 import errno
 import functools
+import heapq
+import html
 import http.client
 import itertools
 import json
 import os
+import queue
 import random
 import re
 import shlex
@@ -30,48 +38,48 @@ import signal
 import socket
 import ssl
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import zlib
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data import (
-    INVENTED,
-    SPLITS,
-    TASKS,
-    Example,
-    Task,
-    Text,
-    UserError,
-    data_files,
-    evaluate_arithmetic,
-    format_answer,
-    get_task,
-    is_correct,
-    load_dataset,
-    lock,
-    not_allowed,
-    parse_completion,
-    sha256,
-    write_json,
-    write_jsonl,
-)
+import data
+from data import TASKS, Example, Task, Text, UserError, get_task, not_allowed, parse_completion
 
 HERE = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
 STOP = ["\nQ:"]  # completions run on into invented questions
 BACKOFF, LONGEST = 0.5, 60.0  # seconds before the first retry, and at most; doubled in between
 GIVE_UP = 20  # failures in a row, and one more for each worker, that mean the server is the reason
+SAME = 5  # failures with the same words before any answer, which mean the same
+UNREADABLE = 3  # replies in a row, before any answer, after which the run stops
 MAX_BODY = 1 << 26  # bytes
+NOTHING = re.compile(r"(?!)")
+
+# How an answer ended (`finish_reason`, without case) decides what it is. "filtered" is a final
+# failure. Any other ending, such as "error" or "abort", means: ask again.
+ENDINGS = {
+    "whole": "stop eos eos_token end_turn stop_sequence complete",
+    "cut": "length max_tokens max_output_tokens model_length model_context_window_exceeded",
+    "filtered": "content_filter content_filtered safety recitation prohibited_content blocklist "
+    "spii refusal sensitive guardrail_intervened error_toxic",
+}
+ENDING = {"": "whole"} | {word: end for end, words in ENDINGS.items() for word in words.split()}
+
+
+def ending_of(finish_reason: object) -> str:
+    """whole, cut, filtered or, for all that the table does not know, unknown."""
+    return ENDING.get(str(finish_reason or "").lower(), "unknown")
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ class Prompt:
 
     instruction: str
     shots: tuple[tuple[str, str], ...]
-    names: tuple[str, str] = ("Premise", "Hypothesis")
+    names: tuple[str, ...] = ("Premise", "Hypothesis")
 
     def question(self, input: Text) -> str:
         """An input as the demonstrations write theirs: a pair on two lines with their names."""
@@ -93,22 +101,22 @@ class Prompt:
 
     def text(self, input: Text) -> str:
         """All in one text, for the completions API; what follows it is the answer."""
-        blocks = [self.instruction] * bool(self.instruction)
+        blocks = [self.instruction] if self.instruction else []
         blocks += [f"Q: {question}\nA: {answer}" for question, answer in self.shots]
         return "\n\n".join([*blocks, f"Q: {self.question(input)}\nA:"])
 
     def turns(self, input: Text) -> list[dict]:
-        """Demonstrations as turns of a chat. A small model kept to the form in 39 of 40 answers
-        so, in 17 of 40 given one message (README, A teacher without an account)."""
-        said = [text for shot in self.shots for text in shot] + [self.question(input)]
-        said[0] = f"{self.instruction}\n\n{said[0]}".strip()  # not every model has a system role
+        """The demonstrations as turns of a chat. A small model kept to the form in 39 of 40 answers
+        this way, and in 17 of 40 when given one message (README, A teacher)."""
+        texts = [text for shot in self.shots for text in shot] + [self.question(input)]
+        texts[0] = f"{self.instruction}\n\n{texts[0]}".strip()  # not all models have a system role
         roles = itertools.cycle(("user", "assistant"))
-        return [{"role": role, "content": text} for role, text in zip(roles, said)]
+        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
     @functools.cached_property
     def sha256(self) -> str:
         """Of all but the input."""
-        return sha256(self.text("").encode())
+        return data.sha256(self.text("").encode())
 
 
 def read_prompt(name: str, shots: int | None = None) -> Prompt:
@@ -121,7 +129,7 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
     where = HERE / "prompts" / f"{'svamp' if name == 'asdiv' else name}.txt"
     path = where if name in TASKS else Path(task.folder, "prompt.txt")
     placeholder = "84 / 2" if task.scorer == "arithmetic" else (task.labels or ("LABEL",))[0]
-    answer = format_answer(task, "", "(a) CHOICE" if task.choices else placeholder)
+    answer = data.format_answer(task, "", "(a) CHOICE" if task.choices else placeholder)
     instruction, demonstrations = "Answer the question.", []
     try:
         instruction, demonstrations = _parse_prompt(task, path, answer)
@@ -136,18 +144,20 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
         raise UserError(f"{path}: {error}; a prompt is a text file in UTF-8") from None
     if shots == 0:
         labels = f" The answer is one of: {', '.join(task.labels)}." if task.labels else ""
-        form = format_answer(task, "", "LABEL") if task.labels else answer
-        instruction += f"{labels} Think step by step, then end in this form: {form}"
+        form = data.format_answer(task, "", "LABEL") if task.labels else answer
+        instruction += f" Write the explanation in your answer.{labels}"
+        instruction += f" Think step by step, then end in this form: {form}"
     elif not demonstrations:
         raise UserError(f"{path} holds no demonstration; it needs some, or use --shots 0")
     if (shots or 0) > len(demonstrations):
         raise UserError(f"--shots {shots}: {path} holds {len(demonstrations)}, allowed 0 to that")
     names = re.fullmatch(r"(\w+): .*\n(\w+): .*", demonstrations[0][0] if demonstrations else "")
-    return Prompt(instruction, tuple(demonstrations[:shots]), *([names.groups()] if names else []))
+    used = tuple(demonstrations[:shots])
+    return Prompt(instruction, used, names.groups() if names else Prompt.names)
 
 
 def _parse_prompt(task: Task, path: Path, form: str) -> tuple[str, list[tuple[str, str]]]:
-    """(instruction, demonstrations) of a file whose blocks are parted by blank lines."""
+    """(instruction, demonstrations) of a file whose blocks have blank lines between them."""
     text, instruction, demonstrations = path.read_text("utf-8-sig"), "", []
 
     def fail(number: int, reason: str) -> None:
@@ -167,7 +177,7 @@ def _parse_prompt(task: Task, path: Path, form: str) -> tuple[str, list[tuple[st
         if start or parts[::2] != ["Q", "A"]:
             fail(number, f"{(start or block[0])[:60]!r} is not one Q and one A")
         question, answer = parts[1].strip(), parts[3].strip()
-        rationale, label = parse_completion(task, answer) or ("", "")
+        rationale, label = parse_completion(task, answer, released=False) or ("", "")
         number += parts[1].count("\n")
         if not question or not rationale:
             fail(number, f"no input before it, or {answer[-60:]!r} is no rationale with an answer")
@@ -181,34 +191,24 @@ def _parse_prompt(task: Task, path: Path, form: str) -> tuple[str, list[tuple[st
 
 
 class Log:
-    """`NAME.raw.jsonl`: a line for each final answer or refusal. One process at a time appends."""
+    """`NAME.raw.jsonl`: a line for each reply that was paid for and for each final failure. One
+    process at a time appends. Nothing is ever rewritten or truncated."""
 
     def __init__(self, path: Path):
-        self.path, self.guard = path, threading.Lock()
-        self.file = lock(path)  # unbuffered
-        with open(path, "rb") as file:  # a crash may have torn the last line
-            tail = file.seek(0, os.SEEK_END)
-            while tail and not _ends_line(file, tail):
-                tail -= 1
-            file.seek(tail)
-            if torn := file.read():
-                if not torn.startswith(b'{"id": "'[: len(torn)]):
-                    raise UserError(f"{path} is no raw log: it ends in {torn[:60]!r}; give "
-                                    "another --out")  # fmt: skip
-                if _record(torn) is None:
-                    print(f"{path}: a torn last line of {len(torn)} bytes is taken off")
-                    self.file.truncate(tail)
-                else:
-                    self.file.write(b"\n")
+        self.path = path
+        self.file = data.lock(path)  # unbuffered
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            self.torn = file.read() not in (b"", b"\n")  # a crash may have torn the last line
 
-    def append(self, record: dict) -> None:
+    def append(self, record: dict, secret: re.Pattern = NOTHING) -> None:
         """Writes one line with one call, so that no crash of ours leaves half of it."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with self.guard:
-            size = os.fstat(self.file.fileno()).st_size
-            if self.file.write(line) < len(line):  # a full disk takes a part
-                self.file.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        line = secret.sub("[key]", json.dumps(record, ensure_ascii=False)) + "\n"
+        raw = ("\n" * self.torn + line).encode("utf-8", "replace")  # half a surrogate pair: "?"
+        if self.file.write(raw) < len(raw):  # a full disk takes a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self.torn = False
 
     def __enter__(self) -> "Log":
         return self
@@ -218,43 +218,41 @@ class Log:
         self.file.close()
 
 
-def _ends_line(file, position: int) -> bool:
-    file.seek(position - 1)
-    return file.read(1) == b"\n"
-
-
-FIELDS = {"id": str, "sample": int, "prompt_sha256": str, "input_sha256": str, "model": str,
-          "settings": dict, "completion": str | None, "usage": dict | None, "attempts": int,
-          "seconds": int | float, "time": str}  # fmt: skip
-
-
-def _record(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-        return record if all(isinstance(record[k], kind) for k, kind in FIELDS.items()) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+FIELDS = {"id": str, "sample": int, "prompt_sha256": str, "input_sha256": str, "model": str}
+FIELDS |= {"settings": dict, "completion": str | None, "usage": dict | None, "attempts": int}
+FIELDS |= {"seconds": int | float, "time": str}
 
 
 def read_log(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of each line. A torn last one is passed over; UserError for others."""
+    """(line number, record) of each line. The start of a line, which a crash left, is skipped;
+    UserError for anything else."""
     try:
         file = open(path, "rb")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it is what teacher.py writes to "
-                        "NAME.raw.jsonl, given --out NAME") from None  # fmt: skip
+        hint = "it is what teacher.py writes to NAME.raw.jsonl, given --out NAME"
+        raise UserError(f"{path}: {error.strerror}; {hint}") from None
     with file:
         for number, line in enumerate(file, 1):
-            if record := _record(line):
-                yield number, record
-            elif line.endswith(b"\n"):
+            record = read_json(line.decode("utf-8", "replace"))
+            with contextlib.suppress(KeyError, TypeError):
+                if all(isinstance(record[key], kind) for key, kind in FIELDS.items()):
+                    yield number, record
+                    continue
+            start = b'{"id": "'
+            if record is not None or not line.startswith(start[: len(line.rstrip(b"\n")) or 1]):
                 raise UserError(
-                    f"{path}:{number}: not a line of a raw log: {line[:80]!r}; mend "
-                    "or remove it, or give another --out"
+                    f"{path}:{number}: not a line of a raw log: {line[:80]!r}; correct or remove "
+                    "it, or give another --out"
                 )
+            say(f"{path}:{number}: a torn line of {len(line)} bytes is skipped")
 
 
 # ---- From a log to training data -----------------------------------------------------------------
+
+OPENING, CLOSING = (
+    re.compile(rf"[<\[]{slash}(?:think|thinking|thought)[>\]]", re.IGNORECASE)
+    for slash in ("", "/")
+)
 
 
 @dataclass(slots=True)
@@ -266,23 +264,34 @@ class Answer:
     label: str | None = None
 
 
+def split_thoughts(text: str) -> tuple[str, str]:
+    """(thoughts, answer) of a text in which a model thinks aloud: the answer follows the last
+    closing tag, and ends where another thought opens that is never closed. The first opening tag
+    may be part of the server's own prompt."""
+    start = max((tag.end() for tag in CLOSING.finditer(text)), default=0)
+    thoughts, answer = text[:start], text[start:]
+    if opening := OPENING.search(answer):
+        thoughts, answer = thoughts + answer[opening.start() :], answer[: opening.start()]
+    return CLOSING.sub("", OPENING.sub("", thoughts)).strip(), answer
+
+
 def read_answer(name: str | Task, record: dict) -> Answer:
-    """Parses a completion. Of a reasoning model's answer the thoughts (<think>, or the log's
-    `reasoning`) count where the answer has no rationale, or nothing, besides."""
-    if record.get("error"):
+    """Parses a completion. A reasoning model's thoughts (<think>, or the log's `reasoning`) are
+    never read for a label. They are the rationale of a whole answer that explains nothing."""
+    ending = ending_of(record.get("finish_reason"))
+    if record.get("error") or ending not in ("whole", "cut"):
         return Answer("failed")
-    text, thoughts = record["completion"] or "", record.get("reasoning") or ""
-    before, closed, after = text.rpartition("</think>")  # the opening tag may be the prompt's
-    if closed or text.lstrip().startswith("<think>"):
-        thoughts, text = (before, after) if closed else (text, "")
-        thoughts = thoughts.strip().removeprefix("<think>")
+    thoughts, text = split_thoughts(record["completion"] or "")
+    thoughts = thoughts or (record.get("reasoning") or "").strip()
     text = re.sub(r"^\s*A:", "", text).strip()
-    found = parse_completion(name, text or thoughts)
+    found = parse_completion(name, text, released=False)
     # Cut by length, unless it had long gone on to questions of its own.
-    cut = record.get("finish_reason") == "length" and not INVENTED.search(text)
+    cut = ending == "cut" and not data.INVENTED.search(text)
     if found is None:
-        return Answer("truncated" if cut else "unparsed", text or thoughts.strip())
-    return Answer("truncated" if cut else "answered", found[0] or thoughts.strip(), found[1])
+        return Answer("truncated" if cut else "unparsed", text)
+    return (
+        Answer("truncated", *found) if cut else Answer("answered", found[0] or thoughts, found[1])
+    )
 
 
 def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
@@ -293,7 +302,7 @@ def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
     votes = [a for a in votes if not not_allowed(task, example.input, a.label)] or votes
     if not votes:
         return max(answers, key=lambda a: bool(a.label))
-    exact = evaluate_arithmetic if task.scorer == "arithmetic" else str.strip
+    exact = data.evaluate_arithmetic if task.scorer == "arithmetic" else str.strip
     values = [exact(a.label) for a in votes]
     return votes[values.index(Counter(values).most_common(1)[0][0])]
 
@@ -305,39 +314,30 @@ def derive(
 
     keep: "all" (cut and unparsed ones too, those without a label), "parsed" (whole answers), or
     "correct" (whole and right by the human label). accuracy: right answers among the settled
-    examples (a refusal, an unparsed or a cut answer is wrong), the paper's few-shot CoT.
+    examples (a failure, an unparsed or a cut answer is wrong), the paper's few-shot CoT.
     """
     task, rows, labels = get_task(name), [], Counter()
     states = Counter(answer.state for some in answers.values() for answer in some.values())
-    scored = correct = outside = 0
-    for example in examples:
-        if not (some := answers.get(example.id)):
-            continue
+    scored = correct = outside = bare = 0
+    for example in (example for example in examples if answers.get(example.id)):
+        some = answers[example.id]
         chosen = vote(task, example, [some[sample] for sample in sorted(some)])
-        whole = chosen.state == "answered"
-        right = (
-            whole and example.label is not None
-            and is_correct(task, chosen.label, example.label)
-        )  # fmt: skip
-        scored, correct = scored + (example.label is not None), correct + right
+        whole, human = chosen.state == "answered", example.label
+        right = whole and human is not None and data.is_correct(task, chosen.label, human)
+        scored, correct = scored + (human is not None), correct + right
         if whole:
             labels[chosen.label] += 1
             outside += bool(not_allowed(task, example.input, chosen.label))
+            bare += not chosen.rationale
         if chosen.state != "failed" and {"all": True, "parsed": whole, "correct": right}[keep]:
-            rows.append(
-                {
-                    "id": example.id,
-                    "input": example.input,
-                    "label": example.label,
-                    "rationale": chosen.rationale,
-                    "teacher_label": chosen.label,
-                }
-            )
+            row = {"id": example.id, "input": example.input, "label": human}
+            rows.append(row | {"rationale": chosen.rationale, "teacher_label": chosen.label})
     return rows, {
         "settled": sum(map(len, answers.values())),
         "answered": sum(states.values()) - states["failed"],
         **{state: states[state] for state in ("failed", "truncated", "unparsed")},
         "labels_outside_the_set": outside,
+        "labels_without_rationale": bare,
         "label_counts": dict(labels.most_common(20)),
         "accuracy": correct / scored if scored else None,
         "correct": correct,
@@ -347,37 +347,224 @@ def derive(
     }
 
 
+# ---- What servers say ----------------------------------------------------------------------------
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # keys of a message
+NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
+
+
+@dataclass
+class Reply:
+    """What came back from one request, with the key taken out. status 0: nothing came."""
+
+    status: int
+    text: str
+    headers: Mapping[str, str]
+    broken: Exception | None = None  # why nothing came, or why the text ends early
+
+
+@dataclass
+class Verdict:
+    """What a reply means. what: answer, failed (this example, for good), again, pause (again, and
+    all wait), unreadable, refused, denied, stop or unreachable. fields: for the log, if it was paid
+    for."""
+
+    what: str
+    words: str = ""
+    fields: dict = field(default_factory=dict)
+
+
+def judge(reply: Reply, body: dict) -> Verdict:
+    """Decides by the status, and for a 2xx by the way in which the answer ended."""
+    if reply.status == 0:
+        return Verdict("unreachable", said(reply.broken))
+    value = read_body(reply.text)
+    if not 200 <= reply.status < 300:
+        return judge_status(reply.status, value, reply)
+    choice, fields = read_choice(value)
+    fields["usage"] = read_usage(value, fields, body, reply)
+    error = value.get("error") if isinstance(value, dict) else None
+    if choice is None and error:  # some gateways send their errors with status 200
+        code = error.get("code") if isinstance(error, dict) else None
+        verdict = judge_status(code if isinstance(code, int) and code > 299 else 500, value, reply)
+        what = "again" if verdict.what == "failed" else verdict.what
+        return Verdict(what, verdict.words, fields)
+    if choice is None:
+        kind, start = reply.headers.get("Content-Type", "no type"), reply.text.strip()[:80]
+        words = f"an answer in no known form ({kind}), which begins with {start!r}"
+        return Verdict("again" if reply.broken else "unreadable", words, fields)
+    finish, refusal = choice.get("finish_reason"), flat(choice["message"].get("refusal"))
+    ending, error = ending_of(finish), choice.get("error") or error or reply.broken
+    if error or ending == "unknown":
+        words = f"an answer that ended in {finish!r}" + (f": {said(error)}" if error else "")
+        return Verdict("again", words, fields)
+    if refusal or ending == "filtered":
+        return Verdict("failed", f"the server refused ({finish}): {refusal or 'no words'}", fields)
+    if ending == "whole" and not (fields["completion"] + fields.get("reasoning", "")).strip():
+        return Verdict("again", "an answer without content", fields)
+    return Verdict("answer", "", fields)
+
+
+def judge_status(status: int, value: Any, reply: Reply) -> Verdict:
+    """Decides what a reply means that is an error."""
+    error = error_object(value)
+    words = f"HTTP {status}: {said(reply.text if value is None else value) or 'no words'}"
+    codes = [str(error.get(key)).lower() for key in ("code", "type")]
+    if 300 <= status < 400:
+        place = reply.headers.get("Location", "nowhere")
+        return Verdict("stop", f"{words}; it redirects to {place}: give that as --base-url")
+    if status in (401, 402):
+        return Verdict("denied", words)
+    if any(code in NO_QUOTA for code in codes):
+        return Verdict("stop", words)
+    if status == 429:
+        return Verdict("pause", words)
+    if status in (408, 409, 425) or (status >= 500 and status != 501):
+        return Verdict("again", words)
+    filtered = any(ending_of(code) == "filtered" for code in codes)  # Azure refuses inputs so
+    return Verdict("failed" if filtered else "refused", words)
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text; None for any other."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_body(text: str) -> Any:
+    """The JSON of a body. The pieces of a stream (`data:` lines) are joined into one answer."""
+    lines = [line[5:].strip() for line in text.split("\n") if line.startswith("data:")]
+    events = [event for event in map(read_json, lines) if isinstance(event, dict)]
+    if (value := read_json(text)) is not None or not events:
+        return value
+    message, joined = defaultdict(str), {}
+    choice = {"message": message, "finish_reason": "[DONE]" not in lines and "no end of a stream"}
+    for event in events:
+        joined |= {key: event[key] for key in ("usage", "error") if event.get(key)}
+        parts = event.get("choices")
+        for part in parts if isinstance(parts, list) else []:
+            delta = part.get("delta") or part.get("message") or {"content": part.get("text")}
+            for key, piece in delta.items():
+                message[key] += flat(piece)
+            choice |= {key: part[key] for key in ("finish_reason", "error") if part.get(key)}
+    return joined | ({"choices": [choice]} if message else {})
+
+
+def read_choice(value: Any) -> tuple[dict | None, dict]:
+    """(the first choice, its fields in the log); None for a value that is no completion."""
+    fields = {"completion": None, "finish_reason": None}
+    try:
+        choice = value["choices"][0]
+        message = choice.get("message") or {"content": choice.get("text")}  # chat or completions
+        content = message.get("content")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None, fields
+    parts = content if isinstance(content, list) else [content]
+    thoughts = [flat(message.get(key)) for key in THOUGHTS]
+    thoughts += [flat([part for part in parts if is_thought(part)])]
+    fields["completion"] = flat([part for part in parts if not is_thought(part)])
+    fields["finish_reason"] = choice.get("finish_reason")
+    if thought := next(filter(str.strip, thoughts), ""):
+        fields["reasoning"] = thought
+    return choice | {"message": message}, fields
+
+
+def is_thought(part: Any) -> bool:
+    """Whether a part of a message's content is no part of the answer."""
+    kind = str(part.get("type")) if isinstance(part, dict) else ""
+    return kind.startswith(("thinking", "reasoning")) or (kind != "" and bool(part.get("thought")))
+
+
+def flat(content: Any) -> str:
+    """The text of a message's content, which may be a list of parts."""
+    if isinstance(content, list):
+        return "".join(map(flat, content))
+    if isinstance(content, dict):
+        return next(
+            filter(None, (flat(content.get(k)) for k in ("text", "thinking", "summary"))), ""
+        )
+    return content if isinstance(content, str) else ""
+
+
+def read_usage(value: Any, fields: dict, body: dict, reply: Reply) -> dict:
+    """The numbers of `usage`; without a total, their sum or four characters a token."""
+    usage = value.get("usage") if isinstance(value, dict) else None
+    usage = usage if isinstance(usage, dict) else {}
+    usage = {key: number for key, number in usage.items() if isinstance(number, int)}
+    if "total_tokens" in usage:
+        return usage
+    if "prompt_tokens" in usage and "completion_tokens" in usage:
+        return usage | {"total_tokens": usage["prompt_tokens"] + usage["completion_tokens"]}
+    asked = body.get("prompt") or "".join(turn["content"] for turn in body["messages"])
+    answer = reply.text if fields["completion"] is None else fields["completion"]
+    characters = len(asked) + len(answer) + len(fields.get("reasoning", ""))
+    return {"total_tokens": characters // 4, "estimated": 1}
+
+
+def error_object(value: Any) -> dict:
+    """The object with `code`, `param` and `type` in an error's body, which may be in a list."""
+    value = value[0] if isinstance(value, list) and value else value
+    error = value.get("error") if isinstance(value, dict) else None
+    return error if isinstance(error, dict) else value if isinstance(value, dict) else {}
+
+
+def said(value: Any) -> str:
+    """All the words of an error, whatever its shape, in one line."""
+    if isinstance(value, Exception):
+        cause = getattr(value, "reason", value)  # of an URLError
+        return said(f"{type(cause).__name__}: {cause}")
+    if isinstance(value, str):
+        inner = read_json(value) if value.lstrip()[:1] in ("{", "[") else None
+        if isinstance(inner, dict | list):  # OpenRouter's metadata.raw
+            return said(inner)
+        if value.lstrip().startswith("<"):
+            value = html.unescape(re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", value))
+        return " ".join(value.encode("utf-8", "replace").decode().split())
+    if isinstance(value, dict):  # without the request, which FastAPI sends back as `input`
+        value = [part for key, part in value.items() if key != "input"]
+    parts = map(said, value if isinstance(value, list) else [])
+    return "; ".join(dict.fromkeys(filter(None, parts)))
+
+
+def wait_asked(reply: Reply, words: str) -> float:
+    """The seconds of Retry-After, which may be a date, or of "try again in 1m7.66s"; at most a day."""
+    value, seconds = reply.headers.get("Retry-After"), 0.0
+    try:
+        seconds = float(value or 0)
+    except ValueError:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    if found := re.search(
+        r"(?:again|retry) (?:in|after) ((?:[\d.]+ ?(?:ms|[hms])[a-z]* ?)+)", words
+    ):
+        units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+        parts = re.findall(r"(\d+\.?\d*|\.\d+) ?(ms|[hms])", found[1])
+        seconds = max(seconds, sum(float(number) * units[unit] for number, unit in parts))
+    return min(86_400.0, seconds) if seconds > 0 else 0.0  # and 0 for NaN
+
+
+def key_pattern(key: str) -> re.Pattern:
+    """Matches a key as it is, JSON-escaped or percent-encoded, also twice."""
+    forms = r"\\*(?:{0}|[uU]{1:04x}|[uU]{1:04X}|%(?:25)*{1:02x}|%(?:25)*{1:02X})"
+    return re.compile("".join(forms.format(re.escape(c), ord(c)) for c in key))
+
+
 # ---- The client ----------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    """The server refuses for good, or a limit is reached: nothing more is asked."""
+@dataclass
+class Job:
+    """An answer to ask for: the sample-th of an example."""
 
-
-class Retry(Exception):
-    """No answer this time. `after` seconds at least, everybody where `shared`."""
-
-    def __init__(self, reason: str, after: float = 0.0, shared: bool = False):
-        super().__init__(reason)
-        self.after, self.shared = after, shared
-
-
-class Refusal(Exception):
-    """A 4xx that says no to this request as it is."""
-
-    def __init__(self, status: int, words: str, told: str):
-        super().__init__(words)
-        self.status, self.told = status, told
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How the server wants to be spoken to, learnt from its refusals."""
-
-    url: str
-    api: str  # chat or completions
-    limit: str = "max_tokens"  # or max_completion_tokens
-    without: frozenset[str] = frozenset()  # parameters that it refused
+    example: Example
+    sample: int
+    attempts: int = 0  # requests sent
+    tries: int = 0  # those that count toward --max-retries
+    body: dict = field(default_factory=dict)  # the last request's
+    start: float = 0.0
+    seen: tuple[int, int] = (-1, 0)  # the client's `answered` and `strikes` at that time
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -387,257 +574,278 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def base_urls(url: str) -> list[str]:
-    """Where the API may lie: what is given, with or without /v1; UserError for no URL."""
-    parts = re.fullmatch(r"(https?://)(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?", url.strip())
-    if not parts or re.search(r"[@?#]", parts[4] or ""):
-        raise UserError("--base-url must be like http://localhost:8000/v1, without a password or "
-                        "a query in it; a key comes from OPENAI_API_KEY")  # fmt: skip
-    path = re.sub(r"/(chat/)?completions$", "", (parts[4] or "").rstrip("/")).rstrip("/")
-    versioned = re.search(r"/v\d\w*(/|$)", path)
-    paths = [path] if versioned else [path, path + "/v1"] if path else ["/v1", ""]
-    return [f"{parts[1]}{parts[2]}{parts[3] or ''}{path}" for path in paths]
-
-
-UNKNOWN_MODEL = re.compile(
-    r"model_not_found|model\b.{0,80}(does not exist|not exist|not found)"
-    r"|(unknown|invalid|no such|not a valid) model", re.IGNORECASE | re.DOTALL)  # fmt: skip
-# Not the word billing, which ordinary rate limits name too.
-NO_QUOTA = re.compile(r"insufficient_quota|billing_hard_limit|(credit|insufficient) balance",
-                      re.IGNORECASE)  # fmt: skip
-NO_CHAT = re.compile(r"chat.template|not a chat model|v1/completions", re.IGNORECASE)
-
-
 class Client:
-    """Asks for the answers of (example, sample) jobs, many at a time, and logs each final one."""
+    """Asks for the answers of jobs, many at a time. Workers run `post` and nothing else; the main
+    thread alone decides what to send, writes the log, counts and reports."""
 
     def __init__(self, args: argparse.Namespace, prompt: Prompt):
         self.args, self.prompt = args, prompt
-        self.key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
+        key = (os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not key.isascii() or not key.isprintable() or " " in key:
             raise UserError("OPENAI_API_KEY holds a space or another character that no key has")
-        urls = base_urls(args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
-        if not self.key and urls[0] == OPENAI:
+        base = check_url(args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
+        if not key and base == OPENAI:
             raise UserError(
                 "OPENAI_API_KEY is not set and OpenAI's own server needs one; set it, "
                 "or give another server with --base-url or OPENAI_BASE_URL"
             )
-        apis = ["chat", "completions"] if args.api == "auto" else [args.api]
-        self.routes = [(url, api) for api in apis for url in urls]
-        self.dialect = Dialect(*self.routes[0])
-        self.opener = urllib.request.build_opener(NoRedirect)  # proxies, TLS: Python's defaults
-        self.stopping, self.reason = threading.Event(), ""
-        self.guard, self.pause_until = threading.RLock(), 0.0
-        self.answered = self.failed = self.in_a_row = 0
-        self.tokens, self.said = 0, set()
+        self.url = base + ("/chat/completions" if args.api == "chat" else "/completions")
+        self.headers = {"Content-Type": "application/json", "User-Agent": "dsbs"}
+        self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        self.key = key_pattern(key) if len(key) > 7 else NOTHING
+        proxies, self.place = proxies_for(base), self.url
+        if proxy := proxies.get(urlsplit(base).scheme):
+            self.place += f" through the proxy {re.sub('//.*@', '//', proxy)}"
+        self.opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
+        self.dropped: set[str] = set()  # keys that the server refused
+        self.answered, self.in_log = 0, False  # in this run; whether any earlier one was
+        self.heard = False  # whether any reply came
+        self.tokens = self.failed = self.strikes = 0
+        self.row: list[str] = []  # the failures since the last answer
+        self.shown: set[str] = set()
+        self.reason, self.refused = "", ""  # why nothing more is asked; what refused it all
+        self.pause_until = 0.0
+        self.flying: dict[Future, Job] = {}
+        self.waiting: list[tuple[float, int, Job]] = []  # a heap by the time to ask again
+        self.held: list[tuple[Job, Verdict]] = []  # refused before anything was answered
+        self.order = itertools.count()  # of jobs that wait for the same time
+        self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # futures that are done
 
-    # -- one request
+    # -- what workers do
 
-    def body(self, dialect: Dialect, example: Example, sample: int) -> dict:
-        """The JSON of a request."""
-        args = self.args
-        body = {"model": args.model, dialect.limit: args.max_tokens, "stop": STOP,
-                "temperature": args.temperature}  # fmt: skip
-        if args.seed is not None:
-            body["seed"] = args.seed + sample
-        body = {k: v for k, v in body.items() if k not in dialect.without}
-        if dialect.api == "chat":
-            return body | {"messages": self.prompt.turns(example.input)}
-        return body | {"prompt": self.prompt.text(example.input)}
-
-    def post(self, dialect: Dialect, body: dict) -> dict:
-        """The JSON object that the server answers. Raises Stop, Retry or Refusal."""
-        path = "/chat/completions" if dialect.api == "chat" else "/completions"
-        headers = {"Content-Type": "application/json", "User-Agent": "dsbs"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(dialect.url + path, json.dumps(body).encode(), headers)
+    def post(self, body: dict) -> Reply:
+        """Sends one request and reads what comes back within --timeout."""
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         deadline = time.monotonic() + self.args.timeout
-        raw, status, after = b"", 200, None
+        raw, status, headers, broken = b"", 0, {}, None
         try:
             try:
                 response = self.opener.open(request, timeout=self.args.timeout)
             except urllib.error.HTTPError as error:
-                response, status = error, error.code
-                after = error.headers.get("Retry-After")
+                response = error
             with response:
+                status, headers = response.status, response.headers
                 while part := response.read1(1 << 16):
                     raw += part
                     if time.monotonic() > deadline or len(raw) > MAX_BODY:
                         raise TimeoutError("the answer was too slow or too long")
         except (OSError, http.client.HTTPException) as error:
-            self.unreachable(dialect, error)
-        except (ValueError, OverflowError) as error:
-            raise Stop(f"{dialect.url} is no address: {error}") from None
-        text = raw.decode("utf-8", "replace")
-        try:
-            value = self.clean(json.loads(text))
-        except (ValueError, RecursionError):
-            value = None
-        error = value.get("error") if isinstance(value, dict) else None
-        if status == 200 and error:  # some gateways send errors so
-            code = error.get("code") if isinstance(error, dict) else None
-            status = code if isinstance(code, int) and code >= 400 else 500
-        if status == 200:
-            if not isinstance(value, dict):
-                raise Retry("an answer that is not a JSON object")
-            return value
-        told = complaint(value)
-        words = told or self.clean(re.sub(r"<[^>]*>|\s+", " ", text)).strip()
-        words = f"HTTP {status}: {words[:300] or 'no words'}"
-        if 300 <= status < 400:
-            place = self.clean(response.headers.get("Location") or "nowhere")
-            raise Stop(f"{words}; {dialect.url} redirects to {place}: give that as --base-url")
-        if (
-            status in (401, 402, 403)
-            or (status in (400, 404) and UNKNOWN_MODEL.search(told))
-            or (status == 429 and NO_QUOTA.search(told))
-        ):
-            raise Stop(words)
-        if status in (408, 409, 425, 429) or (status >= 500 and status != 501):
-            raise Retry(words, retry_after(after), shared=status == 429)
-        raise Refusal(status, words, told)
+            broken = error
+        with contextlib.suppress(zlib.error):  # compressed, although nobody asked for it
+            if raw[:2] == b"\x1f\x8b" or headers.get("Content-Encoding") == "deflate":
+                raw = zlib.decompressobj(47).decompress(raw, MAX_BODY)
+        text = raw.decode(json.detect_encoding(raw), "replace")
+        headers = {name.title(): self.key.sub("[key]", value) for name, value in headers.items()}
+        return Reply(status, self.key.sub("[key]", text), headers, broken)
 
-    def clean(self, value: Any) -> Any:
-        """What a server sent, without the key, should it echo it, and without half characters."""
-        if isinstance(value, str):
-            value = value.encode("utf-8", "replace").decode()
-            return value.replace(self.key, "[key]") if len(self.key) > 7 else value
-        if isinstance(value, list):
-            return [self.clean(part) for part in value]
-        if isinstance(value, dict):
-            return {self.clean(key): self.clean(part) for key, part in value.items()}
-        return value
+    # -- what the main thread does
 
-    def unreachable(self, dialect: Dialect, error: Exception) -> None:
-        """A broken connection may come back; one that never was is a mistake."""
-        cause = getattr(error, "reason", error)
-        words = f"{type(cause).__name__}: {cause}"
-        if isinstance(cause, ssl.SSLCertVerificationError) or (
-            isinstance(cause, ConnectionRefusedError | socket.gaierror)
-            and not (self.answered or self.said)
-        ):
-            raise Stop(f"cannot reach {dialect.url}: {words}") from None
-        raise Retry(words) from None
+    def request(self, job: Job) -> dict:
+        """The JSON of a request: little by default, then --body, then what the server refused."""
+        args, input = self.args, job.example.input
+        body = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
+        if args.api == "chat":
+            body["messages"] = self.prompt.turns(input)
+        else:  # in chat, `stop` would cut a reasoning model's thoughts
+            body |= {"prompt": self.prompt.text(input), "stop": STOP}
+        if args.seed is not None:
+            body["seed"] = args.seed + job.sample
+        body |= args.body
+        if "max_tokens" in self.dropped:
+            body.setdefault("max_completion_tokens", body.get("max_tokens"))
+        return {k: v for k, v in body.items() if v is not None and k not in self.dropped}
 
-    def adapt(self, dialect: Dialect, refusal: Refusal) -> bool:
-        """Speaks otherwise after a refusal that asks for it; False if it does not."""
-        told, known = refusal.told, {"stop", "temperature", "seed"} - dialect.without
-        named = {key for key in known if re.search(rf"""["'`]{key}["'`]""", told)}
-        with self.guard:
-            if self.dialect != dialect:
-                return True  # another worker was told the same
-            if refusal.status in (404, 405, 501) or NO_CHAT.search(told):
-                place = self.routes.index((dialect.url, dialect.api)) + 1
-                if self.answered or place == len(self.routes):
-                    raise Stop(f"{refusal} ({dialect.url}, {dialect.api} API)")
-                url, api = self.routes[place]
-                new, what = replace(dialect, url=url, api=api), f"the {api} API at {url}"
-            elif "max_completion_tokens" in told and dialect.limit == "max_tokens":
-                new = replace(dialect, limit="max_completion_tokens")
-                what = "max_completion_tokens instead of max_tokens"
-            elif named:
-                new = replace(dialect, without=dialect.without | named)
-                what = f"without {', '.join(sorted(named))}"
-            else:
-                return False
-            self.dialect = new
-        say(f"{refusal}; going on with: {what}")
+    def run(self, jobs: Iterable[Job], log: Log, bar: tqdm) -> str:
+        """Asks until the jobs are done or something stops it; returns why, if something did."""
+        self.jobs, self.log, self.bar = deque(jobs), log, bar
+        with ThreadPoolExecutor(self.args.concurrency) as pool:
+            while True:
+                while job := self.next_job():
+                    job.body, job.start = self.request(job), time.monotonic()
+                    job.seen = self.answered, self.strikes
+                    future = pool.submit(self.post, job.body)
+                    self.flying[future] = job
+                    future.add_done_callback(self.arrived.put)
+                if self.held and not self.flying:
+                    self.release()
+                elif self.flying or ((self.waiting or self.jobs) and not self.reason):
+                    self.wait()
+                else:
+                    break
+        if self.refused:
+            raise UserError(self.refused)
+        return self.reason
+
+    def width(self) -> int:
+        """The most requests in flight. None is sent while a refusal waits for the others' replies,
+        and one at a time where the first replies could not be read."""
+        careful = self.strikes and not self.answered
+        return 0 if self.held else 1 if careful else self.args.concurrency
+
+    def next_job(self) -> Job | None:
+        """The job to ask for now, if there is one. A job that waits keeps its place among the
+        `--concurrency`, so that a failing server is asked less."""
+        now = time.monotonic()
+        if self.reason or now < self.pause_until or len(self.flying) >= self.width():
+            return None
+        ready = self.waiting and self.waiting[0][0] <= now
+        room = len(self.flying) + len(self.waiting) < self.args.concurrency
+        if not ready and not (self.jobs and room):
+            return None
+        if self.tokens >= (self.args.max_tokens_total or float("inf")):
+            return self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
+        return heapq.heappop(self.waiting)[2] if ready else self.jobs.popleft()
+
+    def wait(self) -> None:
+        """Takes the next reply, or returns when a job can be asked for."""
+        timeout = None
+        if not self.reason and len(self.flying) < self.width() and (self.waiting or self.jobs):
+            ready = self.waiting[0][0] if self.waiting else 0.0
+            timeout = max(0.0, max(ready, self.pause_until) - time.monotonic())
+        with contextlib.suppress(queue.Empty):
+            if future := self.arrived.get(timeout=timeout):  # None: a signal came
+                self.take(self.flying.pop(future), future.result())
+
+    def take(self, job: Job, reply: Reply) -> None:
+        """Logs what was paid for, then does what the reply's verdict says."""
+        job.attempts += 1
+        verdict = judge(reply, job.body)
+        what, words = verdict.what, f"{verdict.words} ({self.place})"
+        if what in ("answer", "failed"):
+            return self.settle(job, verdict)
+        if verdict.fields:
+            self.write(job, verdict.fields | {"final": False, "error": verdict.words})
+        error = error_object(read_json(reply.text))
+        if what == "unreachable" and not self.heard and is_hopeless(reply.broken):
+            self.stop(f"cannot reach {words}")
+        elif what in ("denied", "stop"):
+            self.stop(words, fatal=what == "denied")
+        elif what == "refused" and self.drop(job, error):
+            self.ask_again(job, 0.0)
+        elif what == "refused":
+            verdict.words = words + self.advice(job, reply.status, words)
+            self.held.append((job, verdict))
+        else:
+            self.retry(job, reply, verdict)
+        self.heard = self.heard or what != "unreachable"
+
+    def retry(self, job: Job, reply: Reply, verdict: Verdict) -> None:
+        """Asks again later, until --max-retries; stops where the first replies are unreadable."""
+        what, words = verdict.what, f"{verdict.words} ({self.place})"
+        if what == "unreadable" and job.seen[1] == self.strikes:  # not one sent with the last
+            self.strikes += 1
+            if self.strikes >= UNREADABLE and not self.answered:
+                return self.stop(words)
+        # A rate limit that lets others through is not this request's fault.
+        job.tries += what != "pause" or self.answered <= job.seen[0]
+        if job.tries > self.args.max_retries:
+            words = f"after {job.attempts} attempts: {words}"
+            return self.settle(job, Verdict("failed", words, {"completion": None}))
+        self.say_once(f"{words}; trying again")
+        delay = min(LONGEST, BACKOFF * 2 ** max(0, job.tries - 1)) * random.uniform(0.5, 1)
+        delay = max(delay, wait_asked(reply, words))
+        if what == "pause":
+            self.pause_until = max(self.pause_until, time.monotonic() + delay)
+        self.ask_again(job, delay)
+
+    def settle(self, job: Job, verdict: Verdict) -> None:
+        """Logs an answer or a final failure. Stops where failures in a row have one reason: the
+        same words for the first five, or so many that the server must be it."""
+        failed = verdict.what == "failed"
+        error = {"error": f"{verdict.words} ({self.place})"} if failed else {}
+        self.write(job, {"completion": None, "usage": None, **verdict.fields, **error})
+        self.answered, self.failed = self.answered + (not failed), self.failed + failed
+        self.row = [*self.row, verdict.words] if failed else []
+        self.bar.set_postfix(failed=self.failed, tokens=self.tokens, refresh=False)
+        self.bar.update()
+        if failed:
+            self.say_once(f"{verdict.words}; {job.example.id!r} is left out")
+        kinds = {re.sub(r"\d+", "N", words) for words in self.row}
+        same = len(self.row) >= SAME and len(kinds) == 1 and not self.answered
+        if same or len(self.row) > GIVE_UP + self.args.concurrency:
+            self.stop(f"{len(self.row)} failures in a row, the last: {verdict.words}")
+
+    def write(self, job: Job, fields: dict) -> None:
+        """Appends a line to the log and counts what it cost."""
+        args = self.args
+        settings = {"api": args.api, "temperature": args.temperature, "seed": args.seed}
+        settings |= {"max_tokens": args.max_tokens, "body": args.body}
+        settings |= {"refused": sorted(self.dropped)} if self.dropped else {}
+        record = {
+            "id": job.example.id,
+            "sample": job.sample,
+            "prompt_sha256": self.prompt.sha256,
+            "input_sha256": input_sha256(job.example),
+            "model": args.model,
+            "settings": settings,
+            **fields,
+            "attempts": job.attempts,
+            "seconds": round(time.monotonic() - job.start, 3),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        self.log.append(record, self.key)
+        self.tokens += (record["usage"] or {}).get("total_tokens") or 0
+
+    def release(self) -> None:
+        """Decides about the refusals that waited: each belongs to its example if anything was ever
+        answered, else to all of them."""
+        held, self.held = self.held, []
+        if not (self.answered or self.in_log):
+            return self.stop(held[0][1].words, fatal=True)
+        for job, verdict in held:
+            self.settle(job, Verdict("failed", verdict.words, {}))
+
+    def drop(self, job: Job, error: dict) -> bool:
+        """Sends a key no more where the server names it in the form that OpenAI documents."""
+        key = error.get("param")
+        known = error.get("code") in ("unsupported_parameter", "unsupported_value")
+        if not known or key not in job.body.keys() - set(INPUTS):
+            return False
+        instead = "max_completion_tokens instead of" if key == "max_tokens" else "without"
+        if key not in self.dropped:
+            say(f"{said(error)}; going on {instead} {key}")
+        self.dropped.add(key)
         return True
 
-    # -- one job
+    def advice(self, job: Job, status: int, words: str) -> str:
+        """What may help after a refusal."""
+        hints = []
+        if status == 404:
+            hints.append(f"asked for {self.url}; most servers want a --base-url that ends in /v1")
+        for key in job.body.keys() - set(INPUTS):
+            if re.search(rf"\b{re.escape(key)}\b", words):
+                body = {**self.args.body, key: None}
+                if key == "max_tokens" and "max_completion_tokens" in words:
+                    body["max_completion_tokens"] = self.args.max_tokens
+                hints.append(f"to go on without {key}: --body '{json.dumps(body)}'")
+        return "".join(f"; {hint}" for hint in hints)
 
-    def settle(self, example: Example, sample: int) -> dict | None:
-        """The line to log: an answer, or a final refusal. None if it is left: all stops."""
-        tries, attempts, seen = 0, 0, -1
-        while True:
-            while (rest := self.pause_until - time.monotonic()) > 0:
-                self.stopping.wait(rest + random.uniform(0, 0.05))
-                if self.stopping.is_set():
-                    return None
-            if self.stopping.is_set():
-                return None
-            dialect, attempts, start = self.dialect, attempts + 1, time.monotonic()
-            body = self.body(dialect, example, sample)
-            try:
-                answer = read_reply(self.post(dialect, body), body)
-                break
-            except Refusal as refusal:
-                if self.adapt(dialect, refusal):
-                    continue
-                answer = {"completion": None, "error": str(refusal)}
-                self.say_once(f"{refusal}; {example.id!r} is left out")
-                break
-            except Retry as retry:
-                # A rate limit that lets others through is not this request's fault.
-                tries += not (retry.shared and self.answered > seen >= 0)
-                seen = self.answered
-                if tries > self.args.max_retries:
-                    answer = {"completion": None, "error": f"after {attempts} attempts: {retry}"}
-                    break
-                self.say_once(f"{retry}; trying again")
-                delay = min(LONGEST, BACKOFF * 2 ** max(0, tries - 1)) * random.uniform(0.5, 1)
-                delay = max(delay, retry.after)
-                if retry.shared:
-                    self.pause_until = max(self.pause_until, time.monotonic() + delay)
-                else:
-                    self.stopping.wait(delay)
-        settings = {"api": dialect.api, "temperature": self.args.temperature,
-                    "seed": self.args.seed, "max_tokens": self.args.max_tokens}  # fmt: skip
-        settings |= {"refused": sorted(dialect.without)} if dialect.without else {}
-        return {
-            "id": example.id, "sample": sample, "prompt_sha256": self.prompt.sha256,
-            "input_sha256": input_sha256(example), "model": self.args.model, "settings": settings,
-            "usage": None, **answer, "attempts": attempts,
-            "seconds": round(time.monotonic() - start, 3),
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }  # fmt: skip
+    def ask_again(self, job: Job, delay: float) -> None:
+        """After `delay` seconds."""
+        heapq.heappush(self.waiting, (time.monotonic() + delay, next(self.order), job))
 
     def say_once(self, words: str) -> None:
         """The first time that something of this kind is said."""
         kind = re.sub(r"\d+", "N", words)[:60]
-        if kind not in self.said:
-            self.said.add(kind)
+        if kind not in self.shown:
+            self.shown.add(kind)
             say(words)
 
-    # -- all jobs
-
-    def run(self, jobs: Iterable[tuple[Example, int]], log: Log, bar: tqdm) -> str:
-        """Asks until the jobs are done or something stops it; why, if something did."""
-        jobs = iter(jobs)
-
-        def work() -> None:
-            try:
-                while True:
-                    with self.guard:
-                        if self.tokens >= (self.args.max_tokens_total or float("inf")):
-                            self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
-                        job = None if self.stopping.is_set() else next(jobs, None)
-                    record = job and self.settle(*job)
-                    if record is None:
-                        return
-                    log.append(record)
-                    self.count(record, bar)
-            except (Stop, OSError) as error:
-                self.stop(str(error))
-            except BaseException:
-                self.stopping.set()
-                raise
-
-        with ThreadPoolExecutor(self.args.concurrency) as pool:
-            workers = [pool.submit(work) for _ in range(self.args.concurrency)]
-        for worker in workers:
-            worker.result()  # a mistake of ours is not to be hidden
-        return self.reason
+    def stop(self, reason: str, fatal: bool = False) -> None:
+        """Sends nothing new from now on; the first reason stands. fatal: a user's mistake, where
+        nothing was ever answered."""
+        self.refused = reason if fatal and not (self.answered or self.in_log) else self.refused
+        self.reason = self.reason or reason
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM finish what is in flight; the second Ctrl-C does not wait for it."""
 
         def note(number: int, _) -> None:
-            if self.stopping.is_set() and number == signal.SIGINT:
+            if self.reason and number == signal.SIGINT:
                 os._exit(130)
             self.stop(f"stopped by {signal.Signals(number).name}")
+            self.arrived.put(None)
 
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -646,98 +854,42 @@ class Client:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def stop(self, reason: str) -> None:
-        """Nothing new is asked from now on; the first reason stands."""
-        self.reason = self.reason or reason
-        self.stopping.set()
 
-    def count(self, record: dict, bar: tqdm) -> None:
-        """Keeps the totals that limits are checked against."""
-        with self.guard:
-            failed = bool(record.get("error"))
-            self.answered, self.failed = self.answered + (not failed), self.failed + failed
-            self.in_a_row = self.in_a_row + 1 if failed else 0
-            self.tokens += total_tokens(record)
-            bar.set_postfix(failed=self.failed, tokens=self.tokens, refresh=False)
-            bar.update()
-        if self.in_a_row > GIVE_UP + self.args.concurrency:
-            self.stop(f"{self.in_a_row} failures in a row, the last: {record['error']}")
+def is_hopeless(error: Exception | None) -> bool:
+    """Whether a connection that never was is a mistake; one that broke may come back."""
+    cause = getattr(error, "reason", error)
+    never = ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError
+    return isinstance(cause, never)
 
 
-def retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which may be a date; 0 for none, at most a day."""
+def check_url(url: str) -> str:
+    """The base of an API, as it is given; UserError for what is no base."""
+    form = "like http://localhost:8000/v1, without a password or a query in it"
     try:
-        seconds = float(value or 0)
+        parts = urlsplit(url.strip())
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        good = good and re.fullmatch(r"[!-~]+", url.strip()) and "@" not in parts.netloc
     except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            seconds = 0.0
-    return min(86_400.0, seconds) if seconds > 0 else 0.0  # and 0 for NaN
+        good = False
+    if good and "api-version" in parts.query:
+        form = "https://NAME.openai.azure.com/openai/v1/ on Azure, without ?api-version="
+    if not good or parts.query or parts.fragment:
+        raise UserError(f"--base-url must be {form}; a key comes from OPENAI_API_KEY")
+    return url.strip().rstrip("/")
 
 
-def complaint(value: Any) -> str:
-    """What an error body says, without the request that some servers send back in it: message,
-    quoted parameter, code and type; FastAPI's `detail` likewise."""
-    error = value.get("error", value) if isinstance(value, dict) else {}
-    if not isinstance(error, dict):
-        return str(error)
-    details = error.get("detail")
-    if isinstance(details, list):
-        details = [d for d in details if isinstance(d, dict)]
-        return "; ".join(f"{d.get('msg')}: {d.get('loc')}" for d in details)
-    said = [error.get("message") or details, *(error.get(k) for k in ("code", "type"))]
-    quoted = [f"{error['param']!r}"] if isinstance(error.get("param"), str) else []
-    return " ".join([part for part in said if isinstance(part, str)] + quoted)
-
-
-def read_reply(reply: dict, body: dict) -> dict:
-    """completion, reasoning if any, finish_reason and usage of a reply; Retry if it has none."""
-    try:
-        choice = reply["choices"][0]
-        message = choice["message"] if "messages" in body else {"content": choice["text"]}
-        content, finish = message.get("content"), choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise Retry("an answer without choices") from None
-    parts = content if isinstance(content, list) else []
-    thoughts = [message.get("reasoning_content") or message.get("reasoning")]
-    thoughts += [part.get("thinking") for part in parts if isinstance(part, dict)]
-    reasoning, refused = flat(thoughts), flat(message.get("refusal"))
-    finish = finish if isinstance(finish, str) else None
-    answer = {"completion": flat(content), "finish_reason": finish}
-    if reasoning:
-        answer["reasoning"] = reasoning
-    if content is None and (refused or finish == "content_filter"):
-        answer = {"completion": None, "finish_reason": finish, "error": refused or finish}
-    elif content is None and not reasoning and finish != "length":
-        raise Retry("an answer with null content")
-    usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
-    usage = {key: n for key, n in usage.items() if isinstance(n, int)}
-    if "total_tokens" not in usage:
-        asked = body.get("prompt") or "".join(turn["content"] for turn in body["messages"])
-        total = (len(asked) + len(answer["completion"] or "") + len(reasoning)) // 4
-        usage = {"total_tokens": total, "estimated": 1}  # by four characters a token
-    return answer | {"usage": usage}
-
-
-def flat(content: object) -> str:
-    """The text of a message's content, which may be a list of parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(map(flat, content))
-    return flat(content.get("text")) if isinstance(content, dict) else ""
-
-
-def total_tokens(record: dict) -> int:
-    """What a line cost, as the server said or as estimated."""
-    return (record.get("usage") or {}).get("total_tokens") or 0
+def proxies_for(base: str) -> dict[str, str]:
+    """The proxies of the environment; none for loopback addresses and for no_proxy's."""
+    parts = urlsplit(base)
+    local = re.fullmatch(r"(.+\.)?localhost|127\.[\d.]+|::1|0\.0\.0\.0", parts.hostname)
+    bypass = local or urllib.request.proxy_bypass(parts.netloc)
+    return {} if bypass else urllib.request.getproxies()
 
 
 def input_sha256(example: Example) -> str:
     """Tells whether an id still stands for the same input."""
     text = example.input if isinstance(example.input, str) else "\n".join(example.input)
-    return sha256(text.encode())
+    return data.sha256(text.encode())
 
 
 def say(words: str) -> None:
@@ -747,36 +899,36 @@ def say(words: str) -> None:
 
 # ---- Command line --------------------------------------------------------------------------------
 
+LIMITS = ("max_tokens", "max_completion_tokens")  # a log may hold answers with several of these
+INPUTS = ("model", "messages", "prompt")  # keys of a request that --body may not change
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """All flags; the key comes from the environment and is none of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dataset", required=True, help=f"{', '.join(TASKS)}, or a folder of *.jsonl")
-    add("--split", default="train", choices=SPLITS)
-    add("--data-root", default="datasets", help="where the benchmarks lie; default datasets")
-    add("--out", help="NAME of NAME.raw.jsonl, NAME.jsonl, NAME.report.json; default "
-        "teacher/DATASET.SPLIT")  # fmt: skip
+    add("--split", default="train", choices=data.SPLITS)
+    add("--data-root", default="datasets", help="the folder of the benchmarks; default datasets")
+    out = "NAME of NAME.raw.jsonl, NAME.jsonl, NAME.report.json; default teacher/DATASET.SPLIT"
+    add("--out", help=out)
     add("--model", help="what the server calls it")
     add("--base-url", help="default: OPENAI_BASE_URL, or OpenAI's own; the key is OPENAI_API_KEY")
-    add("--api", default="auto", choices=("auto", "chat", "completions"))
+    add("--api", default="chat", choices=("chat", "completions"), help="completions: base models")
+    add("--body", default="{}", help="JSON to merge into every request; null removes a key")
     add("--shots", type=int, help="demonstrations; default all, 0 is zero-shot")
     add("--limit", type=int, help="ask for the first so many examples only")
     add("--samples", type=int, default=1, help="answers an example; the majority's label counts")
     add("--temperature", type=float, help="default 0, or 0.7 with several samples")
-    add("--seed", type=int, help="passed on; sample k gets seed + k")
+    add("--seed", type=int, help="sent to the server; sample k gets seed + k")
     add("--max-tokens", type=int, default=512, help="of one answer; default 512")
     add("--max-tokens-total", type=int, help="stop when the log has cost so many, prompts included")
     add("--concurrency", type=int, default=8, help="requests in flight; default 8")
     add("--max-retries", type=int, default=8, help="of one request; default 8")
     add("--timeout", type=float, default=300, help="seconds for one request; default 300")
     add("--retry", default="", help="ask again: truncated,failed,unparsed (one or several)")
-    add(
-        "--keep",
-        default="parsed",
-        choices=("all", "parsed", "correct"),
-        help="which answers NAME.jsonl holds; default parsed: whole ones with a label",
-    )
+    keep = "which answers NAME.jsonl holds; default parsed: whole ones with a label"
+    add("--keep", default="parsed", choices=("all", "parsed", "correct"), help=keep)
     add("--parse-only", action="store_true", help="derive the files from the log, offline")
     add("--completions", choices=("palm", "neox"), help="report on released completions, offline")
     return parser.parse_args(argv)
@@ -784,20 +936,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Fills in what follows from the rest; UserError for what cannot be."""
-    lowest = {"shots": 0, "limit": 1, "samples": 1, "max_tokens": 1, "max_tokens_total": 1,
-              "concurrency": 1, "max_retries": 0, "timeout": 0.001, "temperature": 0}  # fmt: skip
-    for name, least in lowest.items():
+    lowest = {"shots": 0, "max_retries": 0, "temperature": 0, "timeout": 0.001}
+    ones = ("limit", "samples", "max_tokens", "max_tokens_total", "concurrency")
+    for name, least in (lowest | dict.fromkeys(ones, 1)).items():
         value = getattr(args, name)
         if value is not None and not least <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     args.retry = set(filter(None, args.retry.split(",")))
     if wrong := args.retry - {"truncated", "failed", "unparsed"}:
         raise UserError(f"--retry {wrong.pop()!r} is unknown; allowed: truncated,failed,unparsed")
+    body = read_json(args.body)
+    if not isinstance(body, dict) or body.keys() & set(INPUTS):
+        raise UserError(
+            f"--body {args.body!r} must be a JSON object without {', '.join(INPUTS)}, such as "
+            """--body '{"reasoning_effort": "low", "max_tokens": null}'"""
+        )
+    args.body = body
     if args.temperature is None:
         args.temperature = 0.7 if args.samples > 1 else 0.0
     if args.samples > 1 and args.temperature == 0:
-        raise UserError(f"--samples {args.samples} would be the same at --temperature 0; allowed: "
-                        "above 0, such as 0.7")  # fmt: skip
+        several = f"--samples {args.samples} would be the same at --temperature 0"
+        raise UserError(f"{several}; allowed: above 0, such as 0.7")
     if not (args.model or args.parse_only or args.completions):
         raise UserError("--model is missing; give the name that the server knows")
     if args.out or not args.completions:
@@ -811,26 +970,32 @@ def read_answers(
     """(answers by id and sample, facts) of a log; a later line for the same example and sample
     replaces an earlier one. facts: how they were asked for, and what all the lines cost."""
     inputs = {example.id: input_sha256(example) for example in examples}
-    answers, cost, asked, times = {}, Counter(), {}, (None, None)
+    answers, cost, endings, asked, times = {}, Counter(), Counter(), {}, []
     task = get_task(name)
     for number, record in read_log(path):
-        id = record["id"]
+        id, sample = record["id"], record["sample"]
         if record["input_sha256"] != inputs.get(id):
             raise UserError(
                 f"{path}:{number}: {id!r} stands for another input than in this split of {name}; "
                 "if the data changed, give another --out"
             )
-        answer, some = read_answer(task, record), answers.setdefault(id, {})
-        if answer.state != "failed" or record["sample"] not in some:  # else the old one stands
-            some[record["sample"]] = answer
         for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
-            cost[key] += (record.get("usage") or {}).get(key) or 0
-        cost["retries"] += record["attempts"] - 1
+            cost[key] += (record["usage"] or {}).get(key) or 0
         cost["request_seconds"] += record["seconds"]
-        times = (times[0] if asked else record["time"], record["time"])
-        asked = asked if asked and record.get("error") else record
-    asked = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
-    return answers, {**asked, "first": times[0], "last": times[1], "cost": dict(cost)}
+        times = [*times[:1], record["time"]]
+        finish = record.get("finish_reason")
+        endings[str(finish)] += ending_of(finish) == "unknown"
+        if not record.get("final", True):
+            continue
+        cost["retries"] += record["attempts"] - 1
+        answer, some = read_answer(task, record), answers.setdefault(id, {})
+        if answer.state != "failed" or sample not in some:  # else the old one stands
+            some[sample] = answer
+        if answer.state != "failed" or not asked:
+            asked = record
+    facts = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
+    facts |= {"first": times[0] if times else None, "last": times[-1] if times else None}
+    return answers, facts | {"unknown_endings": dict(+endings), "cost": dict(cost)}
 
 
 def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> str:
@@ -839,53 +1004,61 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
     client = Client(args, prompt)
     with Log(path) as log:
         answers, facts = read_answers(path, args.dataset, examples)
-        if answers:  # only lines of one kind ever come into a log: the last tells
-            before = {**facts, **facts["settings"]}
-            now = {"prompt_sha256": prompt.sha256, "model": args.model,
-                   "temperature": args.temperature, "seed": args.seed}  # fmt: skip
-            now |= {} if args.api == "auto" else {"api": args.api}
-            changed = [f"{k} {before[k]} there, {now[k]} here" for k in now if now[k] != before[k]]
-            if changed:
-                raise UserError(
-                    f"{path} was asked for otherwise: {'; '.join(changed)}; give another --out"
-                )
-            client.routes = [r for r in client.routes if r[1] == before["api"]]
-            client.dialect = Dialect(*client.routes[0])
+        states = {answer.state for some in answers.values() for answer in some.values()}
+        client.in_log = bool(states - {"failed"})
+        if client.in_log:
+            check_agreement(args, prompt, facts, path)
         client.tokens = facts["cost"].get("total_tokens", 0)
-        done = {(id, sample) for id, some in answers.items() for sample, answer in some.items()
-                if answer.state not in args.retry}  # fmt: skip
+        done = {
+            (id, sample)
+            for id, some in answers.items()
+            for sample, answer in some.items()
+            if answer.state not in args.retry
+        }
         del answers  # half a million rationales are not needed while asking
-        jobs = [
-            (example, sample) for example in examples[: args.limit]
-            for sample in range(args.samples) if (example.id, sample) not in done
-        ]  # fmt: skip
+        wanted = itertools.product(examples[: args.limit], range(args.samples))
+        jobs = [Job(*pair) for pair in wanted if (pair[0].id, pair[1]) not in done]
         total = len(examples[: args.limit]) * args.samples
         print(
             f"prompt {prompt.sha256[:12]} with {len(prompt.shots)} demonstrations; asking "
             f"{args.model} for {len(jobs):,} of {total:,} answers",
             flush=True,
         )
-        with (
-            client.signals(),
-            tqdm(total=total, initial=total - len(jobs), unit="", disable=None) as bar,
-        ):
+        bar = tqdm(total=total, initial=total - len(jobs), unit="", disable=None)
+        with client.signals(), bar:
             return client.run(jobs, log, bar)
+
+
+def check_agreement(args: argparse.Namespace, prompt: Prompt, facts: dict, path: Path) -> None:
+    """UserError where a log's answers were asked for in another way. They may differ in the limit
+    of tokens, so that cut answers can be asked for again with more."""
+    limitless = lambda body: {k: v for k, v in body.items() if k not in LIMITS}  # noqa: E731
+    before = {"body": {}, **facts, **facts["settings"]}
+    before["body"] = limitless(before["body"])
+    now = {"prompt_sha256": prompt.sha256, "model": args.model, "body": limitless(args.body)}
+    now |= {"temperature": args.temperature, "seed": args.seed, "api": args.api}
+    changed = [f"{k} {before[k]} there, {now[k]} here" for k in now if now[k] != before[k]]
+    if changed:
+        raise UserError(f"{path} was asked for otherwise: {'; '.join(changed)}; give another --out")
 
 
 def show(report: dict) -> None:
     """The report, in a few lines."""
     r, cost = report, report.get("cost", {})
-    share = lambda n: f"{n:,} ({n / max(1, r['settled']):.2%})"  # noqa: E731
+    states = ("failed", "truncated", "unparsed")
+    shares = (f"{state} {r[state]:,} ({r[state] / max(1, r['settled']):.2%})" for state in states)
     print(
-        f"answered {r['answered']:,}, of {r['examples']:,} examples; "
-        f"failed {share(r['failed'])}, truncated {share(r['truncated'])}, unparsed "
-        f"{share(r['unparsed'])}, labels outside the set {r['labels_outside_the_set']:,}"
+        f"answered {r['answered']:,}, of {r['examples']:,} examples; {', '.join(shares)}, labels "
+        f"outside the set {r['labels_outside_the_set']:,}, without a rationale "
+        f"{r['labels_without_rationale']:,}"
     )
     if cost:
         print(
             f"cost {cost['total_tokens']:,} tokens ({cost['prompt_tokens']:,} prompt, "
             f"{cost['completion_tokens']:,} completion), {cost['retries']:,} retries"
         )
+    for name, n in r.get("unknown_endings", {}).items():
+        print(f"warning: {n:,} replies ended in {name!r}, which is no known ending")
     if len(r["label_counts"]) <= 10:
         print(f"labels: {', '.join(f'{k} {v:,}' for k, v in r['label_counts'].items())}")
     if r["accuracy"] is not None:
@@ -897,64 +1070,65 @@ def released(args: argparse.Namespace) -> tuple[list[Example], dict, dict]:
     figures are, where our valid is cut out of it."""
     name, root, counts = args.dataset, args.data_root, Counter()
     splits, examples, answers = [args.split], [], {}
-    if args.split == "train" and data_files(name, "train", root) == data_files(name, "valid", root):
+    files = [data.data_files(name, split, root) for split in ("train", "valid")]
+    if args.split == "train" and files[0] == files[1]:
         splits.append("valid")
     for split in splits:
-        examples += load_dataset(name, split, root, args.completions, counts)
+        examples += data.load_dataset(name, split, root, args.completions, counts)
     for e in examples:
         state = "answered" if e.teacher_label else "unparsed"
         answers[e.id] = {0: Answer(state, e.rationale, e.teacher_label)}
     outside = counts["teacher_labels_dropped"]  # by the loader: parsed, but of no use
     unparsed = sum(not e.teacher_label for e in examples) - outside
-    return (
-        examples,
-        answers,
-        {
-            "completions": args.completions,
-            "splits": splits,
-            "unparsed": unparsed,
-            "labels_outside_the_set": outside,
-        },
-    )
+    facts = {"completions": args.completions, "splits": splits, "unparsed": unparsed}
+    return examples, answers, facts | {"labels_outside_the_set": outside}
+
+
+def what_is_left(args: argparse.Namespace, wanted: list, why: str, words: list[str]) -> int:
+    """Prints how to go on if something is left or failed; the exit status."""
+    left, failed = wanted.count(None), sum(a is not None and a.state == "failed" for a in wanted)
+    if not left and not failed:
+        return 0
+    retry = (args.retry if why else set()) | ({"failed"} if failed else set())
+    again = re.sub(r" --retry[ =]\S+", "", " " + shlex.join(words)).strip()
+    again += f" --retry {','.join(sorted(retry))}" if retry else ""
+    why = f": {why}" if why else ""
+    say(f"{left:,} not asked for, {failed:,} failed{why}; to go on:\n  python teacher.py {again}")
+    return 3
 
 
 def run(args: argparse.Namespace, words: list[str]) -> int:
     """Annotates, or derives what is asked for; the exit status."""
     check(args)
-    examples, why = load_dataset(args.dataset, args.split, args.data_root), ""
+    examples, why = data.load_dataset(args.dataset, args.split, args.data_root), ""
     if args.completions:
         examples, answers, facts = released(args)
     else:
+        path = Path(args.out + ".raw.jsonl")
         if not args.parse_only:
-            why = annotate(args, examples, Path(args.out + ".raw.jsonl"))
-        answers, facts = read_answers(Path(args.out + ".raw.jsonl"), args.dataset, examples)
+            try:
+                why = annotate(args, examples, path)
+            except OSError as error:
+                why = str(error)
+        answers, facts = read_answers(path, args.dataset, examples)
     rows, report = derive(args.dataset, examples, answers, args.keep)
     about = {"dataset": args.dataset, "split": args.split, "examples": len(examples)}
     report = {**about, **report, **facts}
     show(report)
     if args.out:
         try:
-            write_jsonl(Path(args.out + ".jsonl"), rows)
-            write_json(Path(args.out + ".report.json"), report)
+            data.write_jsonl(Path(args.out + ".jsonl"), rows)
+            data.write_json(Path(args.out + ".report.json"), report)
         except OSError as error:
-            raise UserError(f"{args.out}.jsonl: {error.strerror}; the log is complete: free some "
-                            "space and use --parse-only") from None  # fmt: skip
-        print(f"{len(rows):,} examples (--keep {args.keep}) in {args.out}.jsonl, report in "
-              f"{args.out}.report.json")  # fmt: skip
+            rest = "the log is complete: free some space and use --parse-only"
+            raise UserError(f"{args.out}.jsonl: {error.strerror}; {rest}") from None
+        files = f"{args.out}.jsonl, report in {args.out}.report.json"
+        print(f"{len(rows):,} examples (--keep {args.keep}) in {files}")
     if args.parse_only or args.completions:
         return 0
-    asked = [
-        answers.get(example.id, {}).get(sample)
-        for example in examples[: args.limit] for sample in range(args.samples)
-    ]  # fmt: skip
-    left, failed = asked.count(None), sum(a is not None and a.state == "failed" for a in asked)
-    if left or failed:
-        retry = (args.retry if why else set()) | ({"failed"} if failed else set())
-        again = re.sub(r" --retry[ =]\S+", "", " " + shlex.join(words)).strip()
-        again += f" --retry {','.join(sorted(retry))}" if retry else ""
-        print(f"{left:,} not asked for, {failed:,} failed{': ' * bool(why)}{why}; to go on:\n  "
-              f"python teacher.py {again}", file=sys.stderr)  # fmt: skip
-    return 3 if left or failed else 0
+    wanted = itertools.product(examples[: args.limit], range(args.samples))
+    wanted = [answers.get(example.id, {}).get(sample) for example, sample in wanted]
+    return what_is_left(args, wanted, why, words)
 
 
 def main(argv: list[str] | None = None) -> int:
