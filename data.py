@@ -5,7 +5,7 @@ arrays. It imports neither torch nor another file of ours, and it knows nothing 
 network, lambda or ranks.
 """
 
-import errno
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -48,8 +49,6 @@ class Example:
 
 
 # ---- Files ---------------------------------------------------------------------------------------
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without `-o flock`, some NFS
 
 
 def write_text(path: Path, text: str) -> None:
@@ -94,14 +93,13 @@ def lock(path: Path) -> FileIO:
         ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         raise UserError(
             f"{path} is in use by another process; wait for it, or give another --out"
         ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        print(f"warning: {path}: this filesystem has no locks; use one process", file=sys.stderr)
+    except OSError as error:  # Lustre without `-o flock`, some NFS and FUSE
+        reason = f"this filesystem has no locks ({error.strerror})"
+        print(f"warning: {path}: {reason}; use one process", file=sys.stderr)
     return file
 
 
@@ -169,6 +167,7 @@ ARCHIVE = (
 )
 NLI = ("entailment", "neutral", "contradiction")  # in the order of the integer labels
 LETTERS = "abcdefghij"  # of the choices in an input
+WANTED = {str: "a text", list: "a list", int: "an integer", float: "a number", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -188,28 +187,41 @@ class Task:
     palm: dict[str, int] | None = None  # the number of files with completions, for each file split
     human: str | None = None  # the key of a human's explanation
     source: str = "your own folder: train.jsonl, and optionally valid.jsonl and test.jsonl"
-    record: str = '{"id": "7", "input": "text, or a list of two", "label": "yes"}'  # an example
+    record: str = ""  # an example of a line; "": made of the keys that `read` looks up
     also: tuple[str, ...] = ()  # markers that other teachers write
     end: str = "."  # what comes after the label
     choices: bool = False  # multiple choice: each input ends in its "Answer Choices:"
 
 
+def typed(record: dict, key: str, *kinds: type) -> Any:
+    """Returns record[key]. ValueError with the key, the value and the wanted types where it has
+    another type, KeyError where there is no such key."""
+    if type(record[key]) not in kinds:
+        wanted = " or ".join(WANTED[kind] for kind in kinds)
+        raise ValueError(f"{key} {record[key]!r:.200} is not {wanted}")
+    return record[key]
+
+
 def _read_own(r: dict) -> tuple[str | None, Text, str | None]:
-    id, input = r["id"], r["input"]
-    if not isinstance(id, str):
-        raise ValueError(f"id {id!r} is not a text")
-    return id, tuple(input) if isinstance(input, list) else input, r.get("label")
+    input = r["input"]
+    return typed(r, "id", str), tuple(input) if isinstance(input, list) else input, r.get("label")
 
 
 def _read_choices(r: dict) -> tuple[str | None, Text, str | None]:
-    choices = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, r["choices"])]
-    return r["id"], "\n".join([r["question"], "Answer Choices:", *choices]), r["answer"]
+    choices = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, typed(r, "choices", list))]
+    question = typed(r, "question", str)
+    return r["id"], "\n".join([question, "Answer Choices:", *choices]), r["answer"]
 
 
 def _read_nli(r: dict) -> tuple[str | None, Text, str | None]:
-    if r["label"] not in (0, 1, 2):
-        raise ValueError(f"label {r['label']!r} is not 0 {NLI[0]}, 1 {NLI[1]} or 2 {NLI[2]}")
-    return r.get("uid"), (r["premise"], r["hypothesis"]), NLI[r["label"]]
+    label = typed(r, "label", int, float)  # pandas writes 1.0
+    if label not in (0, 1, 2):
+        raise ValueError(f"label {label!r} is not 0 {NLI[0]}, 1 {NLI[1]} or 2 {NLI[2]}")
+    return r.get("uid"), (typed(r, "premise", str), typed(r, "hypothesis", str)), NLI[int(label)]
+
+
+def _read_asdiv(r: dict) -> tuple[str | None, Text, str | None]:
+    return r["ID"], f"{typed(r, 'Body', str)}\n{typed(r, 'Question', str)}", None
 
 
 # fmt: off
@@ -238,7 +250,7 @@ TASKS = {task.name: task for task in (
          also=("The answer is",)),
     # Its labels are not read: it gives more inputs for SVAMP's teacher (Figures 7 and 9).
     Task("asdiv", None, "arithmetic", "The answer is", "asdiv", "ASDiv.xml",
-         lambda r: (r["ID"], f"{r['Body']}\n{r['Question']}", None), ("train",),
+         _read_asdiv, ("train",),
          source="https://github.com/chaochun/nlu-asdiv-dataset",
          record='<Problem ID="nluds-0001"><Body>Seven red [...]</Body><Question>How [...]'),
     Task("demo", None, "text", "So the answer is", str(Path(__file__).resolve().parent / "demo")),
@@ -268,7 +280,8 @@ def get_task(name: str | Task) -> Task:
     task = replace(task, folder=str(folder), cut=cut, **facts)
     if "labels" not in facts and task.scorer == "text":
         stat = train.stat()
-        task = replace(task, labels=_labels_seen(train, stat.st_mtime_ns, stat.st_size))
+        labels = _labels_seen(train, _form(task), stat.st_mtime_ns, stat.st_size)
+        task = replace(task, labels=labels)
     return task
 
 
@@ -298,10 +311,10 @@ def _read_task_file(path: Path) -> dict:
 
 
 @functools.lru_cache(maxsize=16)
-def _labels_seen(path: Path, changed: int, size: int) -> tuple[str, ...] | None:
+def _labels_seen(path: Path, form: str, changed: int, size: int) -> tuple[str, ...] | None:
     """Returns the labels in a train.jsonl, or None if they are more than 20. A file that changed
     has another time or size, so the cache does not hide it."""
-    lines = _read(path, lambda r: _text(r, "label"), Task.record)
+    lines = _read(path, lambda r: _text(r, "label"), form)
     labels = sorted({label for _, label in lines} - {None})
     return tuple(labels) if 0 < len(labels) <= 20 else None
 
@@ -373,6 +386,9 @@ def load_dataset(
     if task.cut and split != "test":
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]
     for example in examples:
+        stripped = example.label and example.label.strip()
+        if stripped != example.label:
+            example.label, counts["labels_stripped"] = stripped, counts["labels_stripped"] + 1
         if example.teacher_label and not_allowed(task, example.input, example.teacher_label):
             example.teacher_label = None
             counts["teacher_labels_dropped"] += 1
@@ -386,6 +402,11 @@ def split_indices(n: int) -> tuple[np.ndarray, np.ndarray]:
     tenth, rounded up, is valid."""
     order, n_valid = np.random.default_rng(0).permutation(n), -(-n // 10)
     return np.sort(order[n_valid:]), np.sort(order[:n_valid])
+
+
+UTF8 = "utf-8-sig"  # passes over a byte order mark
+CONVERT = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in'
+OUT = '(sys.stdin)]" < {} > new'.format
 
 
 def _read(path: Path, make: Callable, form: str, source: str = "") -> Iterator[tuple[int, Any]]:
@@ -405,33 +426,82 @@ def _problems(file: BinaryIO) -> Iterator[str]:
         yield json.dumps({**problem.attrib, **{child.tag: child.text for child in problem}})
 
 
+class _Keys(dict):
+    """A record that has every key, and remembers those that were looked up."""
+
+    def __missing__(self, key: str) -> str:
+        return self.setdefault(key, "...")
+
+    def get(self, key: str, default: Any = None) -> str:
+        return self[key]
+
+
+def _form(task: Task) -> str:
+    """Returns an example of a line in the task's files."""
+    label = task.labels[0] if task.labels else "1 + 2" if task.scorer == "arithmetic" else "yes"
+    keys = _Keys() if task.read else {"id": "7", "input": "text, or a list of two", "label": label}
+    if task.read and not task.record:
+        with contextlib.suppress(Exception):  # it may want no text where it gets one
+            task.read(keys)
+    return task.record or json.dumps(keys, ensure_ascii=False)
+
+
 def read_records(
     path: Path | str, lines: Iterable[bytes | str], make: Callable[[dict], Any], form: str
 ) -> Iterator[tuple[int, Any]]:
     """Yields (line number from 1, make(object)) of JSON lines; passes over blank lines.
 
     UserError with path and line, and with `form`, an example of a line, where a line is no JSON
-    object or `make` raises KeyError, TypeError or ValueError.
+    object or `make` raises for it, as a missing key or a wrong type does. Where the whole file has
+    another form, that is said, with the command that converts it.
     """
+    value: Any = None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            value = json.loads(line)
+            text = line if isinstance(line, str) else line.decode(("utf-8", UTF8)[number == 1])
+            if not text.strip():
+                continue
+            value = json.loads(text)
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
             made = make(value)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             reason = getattr(error, "msg", reason)  # JSON's own line and column would confuse
+            if isinstance(error, (TypeError, AttributeError, IndexError)):
+                kinds = ", ".join(f"{key} {type(v).__name__}" for key, v in value.items())
+                reason = f"{error} ({kinds})"
+            elif Path(path).is_file():
+                reason = other_form(path, Path(path).read_bytes(), csv=number == 1) or reason
             raise UserError(f"{path}:{number}: {reason}; a line looks like {form}") from None
         yield number, made
+
+
+def other_form(path: Path | str, content: bytes, csv: bool = False) -> str:
+    """Returns "" for a file of lines in UTF-8; else what the file is, and how to convert it. A file
+    is CSV only if `csv` says that it should have been JSON."""
+    name = shlex.quote(str(path))
+    encoding = json.detect_encoding(content)
+    if not encoding.startswith("utf-8"):
+        encoding = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+        return f"{encoding}, not UTF-8; convert it: `iconv -f {encoding} -t UTF-8 {name} > new`"
+    try:
+        text = content.decode(UTF8).strip()
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{content[error.start]:02x} at {error.start}"
+        return f"{byte} is not UTF-8; if it is latin-1, `iconv -f LATIN1 -t UTF-8 {name} > new`"
+    with contextlib.suppress(ValueError, RecursionError):
+        if text.startswith("[") and isinstance(json.loads(text), list):
+            return f"a JSON array, not JSON lines; convert it: `{CONVERT} json.load{OUT(name)}`"
+    if csv and re.match(r"[^{[<\n]+[,;\t]", text):
+        return f"looks like CSV, not JSON lines; convert it: `{CONVERT} csv.DictReader{OUT(name)}`"
+    return ""
 
 
 def _read_examples(task: Task, split: str, path: Path, rationales: Rationales) -> list[Example]:
     """Reads every example in the file of a split, and gives an id to those that have none."""
     read = functools.partial(read_example, task, rationales=rationales)
-    examples = [example for _, example in _read(path, read, task.record, task.source)]
+    examples = [example for _, example in _read(path, read, _form(task), task.source)]
     if len(examples) < (2 if task.cut and split != "test" else 1):
         raise UserError(f"{path}: the {split} split of {task.name} is empty; it needs examples")
     for row, example in enumerate(examples):
@@ -445,28 +515,27 @@ def _read_examples(task: Task, split: str, path: Path, rationales: Rationales) -
 
 def read_example(task: Task, record: dict, rationales: Rationales = None) -> Example:
     """Makes an Example of one record. KeyError, TypeError or ValueError where the record is
-    malformed or its label is not allowed."""
+    malformed or its label is not allowed; the label keeps the space around it."""
     id, input, label = (task.read or _read_own)(record)
     parts = input if isinstance(input, tuple) and len(input) == 2 else (input,)
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"input {input!r} is neither a text nor a list of two")
     "".join(parts).encode()  # ValueError for half of a surrogate pair
-    example = Example(id, input, _text({"label": label}, "label"))
+    known = _text({"label": label}, "label")
+    example = Example(typed({"id": id}, "id", str, type(None)), input, known and label)
     if task.read is None and rationales is None:
         example.rationale = _text(record, "rationale")
         example.teacher_label = _text(record, "teacher_label")
     elif rationales == "human":
         example.rationale = _text({task.human: record[task.human]}, task.human)
-    if example.label and (allowed := not_allowed(task, input, example.label)):
-        raise ValueError(f"label {label!r} is not {allowed}")
+    if known and (allowed := not_allowed(task, input, known)):
+        raise ValueError(f"label {known!r} is not {allowed}")
     return example
 
 
 def _text(record: dict, key: str) -> str | None:
     """Returns a text without surrounding space; None for null, for blank text and for no text."""
-    value = record.get(key)
-    if not isinstance(value, str | None):
-        raise ValueError(f"{key} {value!r} is neither a text nor null")
+    value = typed(record, key, str, type(None)) if key in record else None
     return value and value.encode() and value.strip() or None
 
 
@@ -516,8 +585,8 @@ def _join_files(
     by_id, seen, n_unmatched = {example.id: example for example in examples}, set(), 0
 
     def join(r: dict) -> str:
-        if not isinstance(r["id"], str) or r["id"] in seen:
-            raise ValueError(f"id {r['id']!r} is not a text, or occurs twice")
+        if typed(r, "id", str) in seen:
+            raise ValueError(f"id {r['id']!r} occurs twice")
         seen.add(r["id"])
         example = by_id.get(r["id"], Example("", "", None))
         example.rationale = _text(r, "rationale")
@@ -541,13 +610,34 @@ def _join_files(
 # ---- Answers in text -----------------------------------------------------------------------------
 
 # Where a completion runs on into an invented example: at a line's start, or after a sentence.
-INVENTED = re.compile(r"(?:^|(?<=[.!?]))[ \t]*(?:Q|Question|Input|Premise):", re.MULTILINE)
+INVENTED = re.compile(r"(?:^|(?<=[.!?]))[ \t*_#]*(?:Q|Question|Input|Premise)[*_]*:", re.MULTILINE)
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
-EXPRESSION = re.compile(rf"[\s:$]*((?:{NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+)")
-LINE = re.compile(r"[\s:]*(.*)")
-CHOICE = re.compile(rf"[\s:]*\([{LETTERS}]\)[ \t]*(.*)")
+# Markdown: what stands at a line's start before its text, and emphasis, code and quotes around it.
+LINE_MARKS = "#>*+•- \t"
+MARKS = "*_`\"'“‘"
+CLOSING = str.maketrans("“‘", "”’")
+SKIP = r"(?:\n[ \t]*(?:(?:[-+*•>]|#+)(?:[ \t]+|(?=\n)))+|[\s:])*"  # from a marker to its label
+LINE = re.compile(rf"{SKIP}(.*)")
+CHOICE = re.compile(rf"{SKIP}([{MARKS}]*)\([*_`]*[{LETTERS}][*_`]*\)(?:[*_`]+(?!\w))?[ \t]*(.*)")
 # The full stop that ends an answer: the line's last, or one before a space, but not U.S. or Dr.
-STOP = re.compile(r"(?<!\.[A-Za-z])(?<!\bMrs)(?<!\b(?:Mr|Ms|Dr|St))\.(?=\s)|\.$")
+STOP = re.compile(
+    r"(?<!\.[A-Za-z])(?<!\bMrs)(?<!\b(?:Mr|Ms|Dr|St))\.(?=[*_`\"'”’]*\s)|\.(?=[*_`\"'”’]*$)"
+)
+# The released parser's expression, see `_released_expression`.
+EXPRESSION = re.compile(rf"[\s:$]*((?:{NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+)")
+# How others write numbers and what they compute with: emphasis, 1,000, $5, 3 x 4, 5 red apples, 5%.
+EMPHASIS = re.compile(r"(?<![\w).*])(\*{1,3}|_{1,3}|`+|[\"$])(?=\S)(.+?)(?<=\S)\1(?![\w(])")
+MAX_MARKED = 200  # characters of an expression in which emphasis is looked for
+THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+TIMES = re.compile(r"(?<=[\d)])\s*[xX×·]\s*(?=[\d($-])")
+SIGNS = str.maketrans({"÷": "/", "−": "-", "–": "-", "×": "*", "\\": " "} | dict.fromkeys("$€£¥"))
+COMPUTES = (  # words that change a number's value, so that they are no units; and variables
+    "and|or|not|if|plus|minus|times|over|of|by|to|from|mod|divided|multiplied|squared|cubed|factorial|"
+    "dozens?|hundreds?|thousands?|millions?|billions?|trillions?|half|thirds?|quarters?|percent|more|"
+    "less|fewer|than|one|two|three|four|five|six|seven|eight|nine|ten|[exyznkKMB]|bn"
+)
+WORD = rf"(?!(?:{COMPUTES})\b)[^\W\d_]+(?:[/'’-][^\W\d_]+)*[²³]?"
+UNITS = re.compile(rf"(?<=[\d).])\s*°?{WORD}(?:\s+{WORD}){{0,3}}(?=\s*(?:[-+*/)]|$))")
 
 
 def parse_completion(
@@ -555,7 +645,8 @@ def parse_completion(
 ) -> tuple[str, str] | None:
     """Returns (rationale, label) of a teacher's completion or of a single-task student's text;
     None where it has no answer, or different ones. A label outside the closed set is returned as
-    it is written. `released` cuts expressions as the released parser did, see `_expression`.
+    it is written, without Markdown's marks around it. `released` is for the completions that came
+    with the benchmarks: their expressions are cut as the released parser did.
 
     >>> parse_completion("svamp", "84 / 2 = 42. The answer is (84 / 2).\n\nQ: There are")
     ('84 / 2 = 42.', '(84 / 2)')
@@ -564,55 +655,118 @@ def parse_completion(
     text = INVENTED.split(completion.strip(), maxsplit=1)[0]
     end, found = len(text), None
     for match in _markers(task).finditer(text):
-        window = match.end(), min(end, match.end() + MAX_LENGTH)
-        if match.start() < end and (label := _answer(task, text, *window, released)):
-            if found and label != found[1]:
-                return None
-            if not found:
-                found = text[: match.start()].strip(), label
-                # Blank lines may divide a rationale, but after an answer they start something new.
-                blank = BLANK_LINE.search(text, LINE.match(text, match.end()).end())
-                end = blank.start() if blank else end
+        if match.start() >= end:
+            break
+        rationale, opened = _before(text[: match.start()])
+        window = text[match.end() : min(end, match.end() + MAX_LENGTH)]
+        label = _answer(task, window, opened, released and task.palm is not None)
+        if label and found and not is_correct(task, label, found[1]):
+            return None
+        if label and not found:
+            found = rationale, label
+            # Blank lines may divide a rationale, but after an answer they start something new.
+            blank = BLANK_LINE.search(text, LINE.match(text, match.end()).end())
+            end = blank.start() if blank else end
     return found
 
 
 def _markers(task: Task) -> re.Pattern:
-    """Matches any of a task's markers, at the start of a word and across line breaks."""
-    spellings = (r"\s+".join(map(re.escape, m.split())) for m in (task.marker, *task.also))
-    return re.compile(rf"(?<!\w)(?:{'|'.join(spellings)})")  # re keeps the compiled pattern
+    """Matches any of a task's markers, at the start of a word, across line breaks, with marks of
+    emphasis in it and after it."""
+    parts = [[re.findall(r"\w+|\W", word) for word in m.split()] for m in (task.marker, *task.also)]
+    words = [[r"[*_`]*".join(map(re.escape, word)) for word in marker] for marker in parts]
+    spellings = "|".join(r"[\s*_`]+".join(marker) for marker in words)
+    # re keeps the compiled pattern
+    return re.compile(rf"(?<![^\W_])(?:{spellings})[*_`]*(?:[\"'”’](?=[\s:]))?(?::[*_`]*)?")
 
 
-def _answer(task: Task, text: str, start: int, end: int, released: bool) -> str | None:
-    """Returns the label in text[start:end], just after a marker."""
+def _before(text: str) -> tuple[str, str]:
+    """Returns the rationale in the text before a marker, and the marks that open around both
+    marker and label: `Snow is white. **` gives ("Snow is white.", "**")."""
+    rest = text.rstrip(MARKS)
+    opened = text[len(rest) :]
+    if opened and rest and not rest[-1].isspace():
+        rest, opened = text, ""  # they close something: `"Yes." So the answer is`
+    lines = rest.split("\n")
+    while lines and not lines[-1].strip(LINE_MARKS):
+        lines.pop()
+    return "\n".join(lines).strip(), opened
+
+
+def _bare(text: str, *opened: str) -> str:
+    """Returns a text without the marks that go around all of it, and without those that close
+    what was `opened` before it."""
+    text = text.strip()
+    for close in (mark.translate(CLOSING)[::-1] for mark in opened if mark):
+        text = text.removesuffix(close).rstrip()
+    while start := re.match(rf"[*_`]+|[{MARKS}]", text):
+        inner = text[start.end() :]
+        at = inner.find(start[0].translate(CLOSING))
+        if 0 <= at < len(inner) - len(start[0]) or (at < 0 and start[0] == "'"):
+            break  # "yes" or "no", 'tis
+        text = (inner if at < 0 else inner[:at]).strip()
+    end = text[len(text.rstrip("*`")) :]
+    return text.removesuffix(end).rstrip() if end and text.count(end) == 1 else text
+
+
+def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
+    """Returns the label at the start of a text, just after a marker."""
     if task.scorer == "arithmetic":
-        return _expression(text, start, end, released)
-    match = (CHOICE if task.choices else LINE).match(text, start, end)
-    line = match[1].rstrip() if match else ""
+        return _released_expression(text) if released else _expression(text, opened)
     for label in sorted(task.labels or (), key=len, reverse=True):
         # "neutral.", "**neutral**", "neutral, as he ...", but not "neutral or contradiction".
-        bare = line.lstrip("*\"'`")
-        if bare.startswith(label) and not re.match(r"[\w-]", rest := bare[len(label) :]):
-            rest = STOP.split(rest, maxsplit=1)[0]
-            others = (rf"(?<!\w){re.escape(other)}(?!\w)" for other in task.labels)
+        if match := re.match(rf"{SKIP}[{MARKS}]*{_spelling(label)}(?![^\W_]|-|_\w)(.*)", text):
+            rest = STOP.split(match[1], maxsplit=1)[0]
+            others = (rf"(?<!\w){_spelling(other)}(?!\w)" for other in task.labels)
             return None if any(re.search(other, rest) for other in others) else label
-    label = STOP.split(line, maxsplit=1)[0].strip()
+    match = (CHOICE if task.choices else LINE).match(text)
+    if not match:
+        return None
+    *inner, line = match.groups()
+    label = _bare(STOP.split(line.rstrip(), maxsplit=1)[0], *inner, opened)
     # Two choices are no answer: "(a) ocean or (b) sea."
     return None if task.choices and re.search(rf"\([{LETTERS}]\)", label) else label or None
 
 
-def _expression(text: str, start: int, end: int, released: bool) -> str | None:
-    """Returns the expression in text[start:end].
+def _spelling(label: str) -> str:
+    """Returns a pattern for a label, with any whitespace between its words."""
+    return r"\s+".join(map(re.escape, label.split()))
 
-    The released parser cuts it: "(16 * 17) * 4." becomes "(16 * 17)"; of "(3 + 1) and (9 - 2)" the
-    last remains, which is the value of Python's `and`. Without `released`, an expression
-    that starts with a parenthesis and has a value is not cut.
-    """
-    match = EXPRESSION.match(text, start, end)
+
+def _expression(text: str, opened: str) -> str | None:
+    """Returns the whole expression at the start of a text, as numbers, + - * / and parentheses;
+    None where the sentence holds anything else than that, marks and units. After `=`
+    it must have the same value."""
+    match = LINE.match(text)
+    parts = STOP.split(match[1].rstrip(), maxsplit=1)
+    if len(parts) == 1 and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
+        return None  # it goes on in the next line
+    sentence = parts[0].strip()
+    if (
+        evaluate_arithmetic(sentence) is None and len(sentence) <= MAX_MARKED
+    ):  # "(9) * 2" has no emphasis in it
+        sentence = EMPHASIS.sub(r"\2", _bare(sentence, opened))
+    sides = [_numbers(side) for side in sentence.split("=")]
+    same = all(_same_value(side, sides[0]) for side in sides)
+    return sides[0] if same else None
+
+
+def _numbers(text: str) -> str:
+    """Returns an expression as `evaluate_arithmetic` reads it: "$1,000 x 3 = " is "1000 * 3"."""
+    if evaluate_arithmetic(text) is None:
+        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.strip())
+        text = TIMES.sub(" * ", text).translate(SIGNS)
+        text = re.sub(rf"^([-+ ]*(?:{NUMBER}))\s*%$", r"\1", UNITS.sub("", text.strip()))
+    return " ".join(text.split())
+
+
+def _released_expression(text: str) -> str | None:
+    """Returns an expression as the released parser cuts it: "(16 * 17) * 4." becomes "(16 * 17)";
+    of "(3 + 1) and (9 - 2)" the last remains, which is the value of Python's `and`."""
+    match = EXPRESSION.match(EMPHASIS.sub(r"\2", text[:MAX_MARKED]) + text[MAX_MARKED:])
     run = match[1].strip() if match else ""
     if run.count("(") > run.count(")") or not run.startswith("(") or run[-1] in "+-*/":
         return None  # the completion was cut off: "(120 /", "(9 - 2) * (3"
-    if not released and evaluate_arithmetic(run) is not None:
-        return run.removesuffix(".").rstrip()
     label = run.split("and")[-1].strip()
     label = label[: label.rfind(")") + 1]
     while label.count(")") > label.count("("):  # one around the sentence or the whole list
@@ -635,12 +789,16 @@ def format_answer(name: str | Task, input: Text, label: str) -> str:
 
 
 def is_correct(name: str | Task, prediction: str | None, label: str) -> bool:
-    """Text is right when equal after strip (the released rule), arithmetic when the exact values
-    agree to 1e-6 relative. No prediction is wrong."""
+    """Text is right when equal after whitespace normalisation (the released rule is strip),
+    arithmetic when the exact values agree to 1e-6 relative. No prediction is wrong."""
     if prediction is None or get_task(name).scorer == "text":
-        return prediction is not None and prediction.strip() == label.strip()
-    a, b = evaluate_arithmetic(prediction), evaluate_arithmetic(label)
-    return a is not None and b is not None and abs(a - b) <= max(abs(a), abs(b)) / 10**6
+        return prediction is not None and prediction.split() == label.split()
+    return _same_value(prediction, label)
+
+
+def _same_value(a: str, b: str) -> bool:
+    x, y = evaluate_arithmetic(a), evaluate_arithmetic(b)
+    return x is not None and y is not None and abs(x - y) <= max(abs(x), abs(y)) / 10**6
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
@@ -648,6 +806,32 @@ def is_correct(name: str | Task, prediction: str | None, label: str) -> bool:
 MAX_SOURCE, MAX_TARGET = 1024, 256  # tokens; Appendix A.1, and the released code's cut
 SENTINELS = 100
 SPECIAL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_(?:[0-9]|[1-9][0-9])>)")
+
+
+def _why_unreadable(path: Path) -> str:
+    """Says what is in the place of a vocabulary, where that is known."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to nothing ({os.readlink(path)}); copy the folder with `cp -rL`"
+    if path.is_file() and path.read_bytes().startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file; fetch that with `git lfs pull`"
+    if path.with_name("tokenizer.json").exists() and not path.exists():
+        return (
+            "missing: newer transformers saves tokenizer.json alone; copy spiece.model of the base "
+            f"model, as by `hf download google/t5-v1_1-base spiece.model --local-dir {path.parent}`"
+        )
+    return ""
+
+
+def _added(path: Path) -> Iterator[tuple[str, int]]:
+    """Yields the tokens in the files that `transformers` saves beside a vocabulary."""
+    for file in (path.with_name("added_tokens.json"), path.with_name("tokenizer.json")):
+        try:
+            found = json.loads(file.read_bytes()) if file.is_file() else {}
+            if file.name == "tokenizer.json":
+                found = {token["content"]: token["id"] for token in found.get("added_tokens", ())}
+            yield from found.items()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged: {error!r}; fetch it again, or remove it") from None
 
 
 class Tokenizer:
@@ -658,13 +842,14 @@ class Tokenizer:
     pad_id, eos_id, unk_id = 0, 1, 2
 
     def __init__(self, path: str | Path):
-        self.model = sentencepiece.SentencePieceProcessor()
+        path, self.model = Path(path), sentencepiece.SentencePieceProcessor()
         try:
-            self.file = Path(path).read_bytes()
+            self.file = path.read_bytes()
             self.model.LoadFromSerializedProto(self.file)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", "not a SentencePiece model")
-            raise UserError(f"{path}: {reason}; a T5 folder holds one as spiece.model") from None
+            reason = _why_unreadable(path) or f"{reason}; a T5 folder holds one as spiece.model"
+            raise UserError(f"{path}: {reason}") from None
         ids = self.model.pad_id(), self.model.eos_id(), self.model.unk_id()
         if ids != (0, 1, 2):
             raise UserError(f"{path}: pad, eos, unk are {ids}, not T5's (0, 1, 2); train another")
@@ -672,6 +857,11 @@ class Tokenizer:
         self.vocab_size = self.pieces + SENTINELS
         self.special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
         self.special |= {f"<extra_id_{n}>": self.vocab_size - 1 - n for n in range(SENTINELS)}
+        if added := [token for token, id in _added(path) if self.special.get(token) != id]:
+            raise UserError(
+                f"{path.parent} has {len(added)} added tokens, which are not implemented, such as "
+                f"{', '.join(map(repr, added[:10]))}; give the folder of a model without them"
+            )
 
     def encode(self, text: Text, max_length: int | None = None) -> list[int]:
         """Returns the ids of a text, or of several parts, each followed by EOS. They are at most
@@ -719,6 +909,50 @@ class Tokenizer:
         config = {"tokenizer_class": "T5Tokenizer", "extra_ids": SENTINELS, "pad_token": "<pad>"}
         config |= {"eos_token": "</s>", "unk_token": "<unk>", "model_max_length": MAX_SOURCE}
         write_json(folder / "tokenizer_config.json", config)
+
+
+def check_labels(
+    task: Task, tokenizer: Any, labels: Iterable[str | None], inputs: Iterable[Text]
+) -> list[str]:
+    """Sends each label, and each choice that an input offers, through the tokenizer and back.
+    Returns warnings about those that come back changed, and about labels that differ only in case.
+
+    UserError where a label of a closed set comes back changed, whitespace apart, or two as one.
+    """
+    closed = task.labels or ()
+    labels = {*closed, *labels} - {None}
+    choices = {choice for input in inputs for choice in _choices(input)} if task.choices else ()
+    texts = sorted({*labels, *choices})
+    back = dict(zip(texts, map(tokenizer.decode, tokenizer.encode_batch(texts))))
+    changed = [text for text in texts if back[text] != text]
+    lost = [text for text in changed if back[text].split() != text.split()]
+    faults = " ".join(sorted({c for text in lost for c in {*text} - {*back[text]}}))
+    first = list(dict.fromkeys([*lost, *changed]))[:5]
+    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in first)
+    problem = f"{len(changed)} labels or choices come back changed from the vocabulary: {shown}"
+    problem += f"; it cannot write these characters: {faults}" if faults else ""
+    written = {" ".join(back[label].split()) for label in closed}
+    if {*lost} & {*closed} or len(written) < len(closed):
+        raise UserError(f"{problem}; write these labels in other characters, each its own way")
+    alike: dict[str, list[str]] = {}
+    for label in sorted(labels) if task.scorer == "text" else ():
+        alike.setdefault(" ".join(label.split()).casefold(), []).append(label)
+    twins = [", ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    notes = [f"warning: {problem}"] if changed else []
+    if twins:
+        notes.append(f"warning: labels that differ only in case or space: {'; '.join(twins[:5])}")
+    return notes
+
+
+def unknown_characters(texts: Iterable[Text], tokenizer: Any) -> list[str]:
+    """Returns the ten most frequent characters that the vocabulary lacks."""
+    counts = Counter()
+    for text in texts:
+        counts.update("".join(text))
+    characters = list(counts)
+    unknown = zip(characters, tokenizer.encode_batch(characters))
+    unknown = {c: counts[c] for c, ids in unknown if tokenizer.unk_id in ids}
+    return [c for c, _ in Counter(unknown).most_common(10)]
 
 
 @dataclass

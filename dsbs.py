@@ -31,7 +31,7 @@ class Method(NamedTuple):
     """What the code asks about a method."""
 
     explains: bool = False  # can its student write a rationale afterwards?
-    prefixed: bool = False  # does it learn all of TARGETS, told apart by a prefix?
+    prefixed: bool = False  # does it learn all of TARGETS, each with its prefix?
 
 
 METHODS = {

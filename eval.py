@@ -7,11 +7,17 @@ This file owns process groups and devices, the student folder, prediction, scori
 `predictions.jsonl`. It knows nothing of optimizers or training state.
 """
 
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
+
 import argparse
 import contextlib
+import functools
 import json
 import os
-import sys
+import shutil
 import time
 import traceback
 import uuid
@@ -38,6 +44,7 @@ from data import (
     get_task,
     is_correct,
     load_dataset,
+    other_form,
     pad,
     parse_completion,
     read_example,
@@ -76,6 +83,8 @@ def choose_device(name: str | None) -> torch.device:
     rank gets the GPU of its LOCAL_RANK. UserError where there is no such device."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     allowed = "allowed: cpu" + (", cuda, cuda:N" if cards else " (this torch finds no CUDA device)")
+    if not (name or cards):
+        warn_of_idle_gpu()
     name = name or ("cuda" if cards else "cpu")
     try:
         device = torch.device(name)
@@ -95,14 +104,28 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+@functools.lru_cache(maxsize=1)  # once
+def warn_of_idle_gpu() -> None:
+    """Says so where there is a CUDA driver and this torch cannot use it: the CPU is used."""
+    driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if driver and not hidden and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"warning: this machine has a CUDA driver, but torch {torch.__version__} (CUDA "
+            f"{torch.version.cuda}) finds no device; using the CPU: install a torch for this "
+            "driver (https://pytorch.org/get-started/locally), or say --device cpu",
+            file=sys.stderr,
+        )
+
+
 @contextlib.contextmanager
 def processes(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     """Opens the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on
     CPUs. A rank that waits for another for longer than `timeout` seconds raises.
 
     After an exception the group stays open: under NCCL, destroy_process_group can wait for ever for
-    collectives that the other ranks never join. The program prints the error and exits (`leave`).
-    https://github.com/NVIDIA/nccl/issues/863
+    collectives that the other ranks never join. The program prints the error, and `exit_process`
+    ends it. https://github.com/NVIDIA/nccl/issues/863
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -153,7 +176,7 @@ def exit_status(program: Callable[[], int]) -> int:
         return 1
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """Exits the program. A rank exits without the interpreter's shutdown, in which a gloo thread
     that releases a collective's tensor can abort the process, and with it the whole job:
     https://github.com/pytorch/pytorch/issues/190489"""
@@ -178,13 +201,14 @@ def fresh_store(store: dist.Store, rank: int, world: int, deadline: float) -> di
         store.set(f"{prefix}/{rank}", "received")
         return dist.PrefixStore(prefix, store)
     prefix, silent = uuid.uuid4().hex, set(range(1, world))
-    while silent := {other for other in silent if not store.check([f"{prefix}/{other}"])}:
+    while silent:
         for other in silent:
             if store.check([f"hello/{other}"]):  # of this attempt, or of an earlier one
                 store.set(f"answer/{store.get(f'hello/{other}').decode()}", prefix)
         if time.monotonic() > deadline:
             raise UserError(f"ranks {sorted(silent)} did not start within --timeout")
         time.sleep(0.02)
+        silent = {other for other in silent if not store.check([f"{prefix}/{other}"])}
     return dist.PrefixStore(prefix, store)
 
 
@@ -232,6 +256,27 @@ def load_tokenizer(folder: Path) -> Any:
     return own(folder) if own else Tokenizer(folder / "spiece.model")
 
 
+def check_vocabulary(model: nn.Module, tokenizer: Any, folder: str | os.PathLike) -> None:
+    """UserError unless a model's config has room for its vocabulary and the same special ids: the
+    config's are those that training and generation use. A fork may have no such config."""
+    config = getattr(model, "config", None)
+    rows = getattr(config, "vocab_size", tokenizer.vocab_size)
+    if rows < tokenizer.vocab_size:
+        raise UserError(
+            f"{folder}: vocab_size {rows} is smaller than its tokenizer's "
+            f"{tokenizer.vocab_size}; they belong to different models"
+        )
+    pad, eos = tokenizer.pad_id, getattr(tokenizer, "eos_id", None)
+    wanted = {"decoder_start_token_id": pad, "pad_token_id": pad, "eos_token_id": eos}
+    for key, id in wanted.items():
+        given = getattr(config, key, id)
+        if id is not None and given != id:
+            raise UserError(
+                f"{folder}: {key} is {given} in config.json and {id} in the vocabulary; they "
+                "belong to different models, or config.json must be corrected"
+            )
+
+
 def load_student(folder: str | os.PathLike, device: torch.device, precision: str) -> Student:
     """Loads a student folder such as `runs/NAME/best`. UserError says what is missing or damaged.
     With precision bf16 the weights are bfloat16, since prediction needs no others."""
@@ -251,6 +296,7 @@ def load_student(folder: str | os.PathLike, device: torch.device, precision: str
     tokenizer = load_tokenizer(folder)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(folder).to(device=device, dtype=dtype)
+    check_vocabulary(model, tokenizer, folder)
     return Student(model, tokenizer, method, prefixes, dataset, device, precision)
 
 
@@ -347,7 +393,8 @@ def generate_texts(
     parts = [(texts, student.interrupted())] * world
     if world > 1:
         dist.all_gather_object(parts, parts[0])
-    if signal := max(signal for _, signal in parts):
+    signal = max(signal for _, signal in parts)
+    if signal:
         raise Interrupted(signal)
     texts = {i: text for part, _ in parts for i, text in part.items()}
     assert len(texts) == len(sources), "one rank decodes each source"
@@ -376,7 +423,7 @@ def predict(
 
     if student.method == "single-task":
         task = get_task(student.dataset)
-        answers = [parse_completion(task, t) or (t, "") for t in generate(RATIONALE_TOKENS)]
+        answers = [parse_completion(task, t, False) or (t, "") for t in generate(RATIONALE_TOKENS)]
     else:
         labels = generate(LABEL_TOKENS)
         rationales = generate(RATIONALE_TOKENS, RATIONALE) if explain else labels
@@ -435,12 +482,19 @@ def read_inputs(path: str) -> list[Example]:
 
     If the first line is a JSON object, each line is one: {"input": str or [str, str]}, with "id"
     and "rationale" optional. Otherwise each line is a text. Blank lines do not count; an input
-    without an id gets its line number, from 1. UserError for a file or line that is neither.
+    without an id gets its line number, from 1. UserError for a file or line that is neither, such
+    as a JSON array or another encoding.
     """
     try:
-        text = (sys.stdin if path == "-" else open(path, encoding="utf-8")).read()
-    except (OSError, UnicodeDecodeError) as error:
+        content = sys.stdin.read().encode() if path == "-" else Path(path).read_bytes()
+    except UnicodeDecodeError as error:
+        content = error.object
+    except OSError as error:
         raise UserError(f"--predict {path}: {error}; allowed: a UTF-8 text file, or -") from None
+    wrong = other_form(path, content)
+    if wrong:
+        raise UserError(f"--predict {path}: {wrong}")
+    text = content.decode("utf-8-sig")
     lines = [line.rstrip("\r") for line in text.split("\n")]
     if not text.lstrip().startswith("{"):
         return [Example(str(i), line, None) for i, line in enumerate(lines, 1) if line.strip()]
@@ -508,4 +562,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

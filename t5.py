@@ -501,7 +501,8 @@ class T5(nn.Module):
         malformed or not implemented."""
         path = Path(folder, "config.json")
         try:
-            config = T5Config.from_dict(json.loads(path.read_text()))
+            refuse_stand_in(path)
+            config = T5Config.from_dict(json.loads(path.read_bytes()))
         except FileNotFoundError:
             raise ValueError(
                 f"{folder} has no config.json: give a folder in Hugging Face's layout"
@@ -638,6 +639,7 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     ValueError for a file that is missing, damaged or cannot be mapped."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
+        refuse_stand_in(path)
         refuse_large_old_file(path)
         try:
             tensors.update(read_file(path))
@@ -664,13 +666,26 @@ def weight_files(folder: Path) -> list[Path]:
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index} is damaged: {error!r}") from None
         for shard in shards:
+            refuse_stand_in(shard)
             if not shard.exists():
                 raise ValueError(f"{shard} is missing, though the index names it")
         return shards
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        refuse_stand_in(folder / single)
     raise ValueError(
         f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, "
         "or either with an .index.json and its shards"
     )
+
+
+def refuse_stand_in(path: Path) -> None:
+    """ValueError for a link to nothing and for a git-lfs pointer, with what fetches the file."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to nothing; copy the folder with `cp -rL`, or fetch it")
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(24).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{path} is a git-lfs pointer; fetch the file: `git lfs pull`")
 
 
 def is_zip(path: Path) -> bool:

@@ -298,7 +298,7 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
     """(what a reply means, its words, the log's fields if it was paid for).
 
     answer; failed: this example, for good; again; pause: again, and all wait; unreadable;
-    refused: the request or the example; denied: all requests; stop: the run; unreachable: no server.
+    refused: the request or the example; denied: all requests; stop: the run; unreachable.
     """
     value = read_body(reply.text)
     if not 200 <= reply.status < 300:

@@ -3,14 +3,23 @@
 This file owns the run's configuration, process groups, the optimizer and its schedule, the loop,
 checkpoints and exact resume. It knows nothing of prompts or scoring rules.
 
-A step: N examples -> their rows -> micro-batches of similar length, assigned to the ranks ->
-loss (Eq. 3), already divided by the whole step's target tokens -> one clipped AdamW step.
+Equations, figures and Appendix A.1 are those of Hsieh et al., 2023
+(https://arxiv.org/abs/2305.02301). A row is a source text and a target text; an example gives one
+row for each task. A step takes `batch_size` examples, divides their rows into micro-batches of
+similar length, and shares these among the ranks. Each loss is divided by the target tokens of the
+whole step, so that the gradients add up to those of Eq. 3. One clipped AdamW step follows.
 
-What makes a resumed run equal to an uninterrupted one, bit for bit: the data order is a function
-of (seed, step), dropout of (seed, step, rank), and a saved state holds weights, AdamW's moments,
-the number of threads and the size of `metrics.jsonl`. A state is written to a temporary folder
-and renamed. `best/` is the only record of the best student so far.
+A resumed run computes the same bits as an uninterrupted one on the same hardware, software and
+number of processes: the data order depends on (seed, step) alone, dropout on (seed, step, rank). A
+state holds the weights, AdamW's moments, the step, the numbers of threads and processes, and the
+size of `metrics.jsonl`. It is written to a temporary folder, which is then renamed. The best
+accuracy so far is stored in `best/` alone.
 """
+
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
 
 import argparse
 import contextlib
@@ -23,7 +32,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
@@ -49,6 +57,7 @@ from data import (
     Tokenizer,
     TokenRows,
     UserError,
+    check_labels,
     collate,
     data_files,
     get_task,
@@ -61,6 +70,7 @@ from data import (
     sha256,
     step_examples,
     tokenize_rows,
+    unknown_characters,
     write_json,
     write_jsonl,
 )
@@ -72,8 +82,8 @@ from eval import (
     Student,
     autocast,
     choose_device,
+    exit_process,
     exit_status,
-    leave,
     print0,
     processes,
     rank_and_world,
@@ -97,8 +107,9 @@ RECIPES = {
     "xl": dict(PAPER_XXL, micro_tokens=10_240),
     "xxl": dict(PAPER_XXL, micro_tokens=5_120),
 }
-# What a forward and backward pass costs besides its places, in places. On a GPU: launches, casts
-# of weights, sums of gradients (estimated; about the same for all sizes); on a CPU: the sums.
+# The fixed cost of a micro-batch, as a number of padded tokens that take the same time. On a GPU:
+# kernel launches, casts of weights, sums of gradients (estimated; about the same for all sizes); on
+# a CPU: sums of gradients.
 OVERHEAD = {"cuda": 1024, "cpu": 128}
 
 
@@ -135,8 +146,9 @@ def flag(default: Any, help: str, allowed: Iterable[str] | Bound | None = None) 
 
 @dataclass
 class Config:
-    """The settings of a run and its flags. `resolve` fills in each None; `run.json` stores all."""
+    """The settings of a run; each field is a flag. None means "not given", see `resolve`."""
 
+    # The student and its data.
     size: str = flag("tiny", f"{', '.join(RECIPES)}; default tiny", RECIPES)
     weights: str | None = flag(
         None,
@@ -147,6 +159,7 @@ class Config:
         "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default demo for tiny, else esnli",
     )
     data_root: str = flag("datasets", "folder of the benchmarks; default datasets")
+    # What the student learns, and from how many examples.
     method: str = flag("step-by-step", f"{', '.join(METHODS)}; default step-by-step", METHODS)
     labels: str = flag("human", "human or teacher; default human", ("human", "teacher"))
     rationales: list[str] | None = flag(
@@ -158,6 +171,7 @@ class Config:
         None, "asdiv: train on its problems too, with a teacher's labels", ("asdiv",)
     )
     augment_fraction: float = flag(1.0, "share of the augmenting examples; default 1", SHARE)
+    # The optimizer.
     steps: int | None = flag(None, "optimizer steps" + by_size("steps"), COUNT)
     batch_size: int | None = flag(
         None, "examples in a step, over all processes" + by_size("batch_size"), COUNT
@@ -165,20 +179,25 @@ class Config:
     lr: float | None = flag(
         None, "learning rate at the start; falls linearly to 0" + by_size("lr"), POSITIVE
     )
-    lam: float = flag(1.0, "lambda of Eq. 3; default 1", WEIGHT)
+    lam: float = flag(1.0, "weight of the rationales' loss, lambda of Eq. 3; default 1", WEIGHT)
     dropout: float = flag(0.1, "default 0.1", PROBABILITY)
     seed: int = flag(0, "default 0", NATURAL)
+    # How the run is carried out.
     eval_every: int | None = flag(None, "steps between evaluations" + by_size("eval_every"), COUNT)
     device: str | None = flag(None, "cpu, cuda or cuda:N; default: a GPU where there is one")
     precision: str | None = flag(
         None, "fp32 or bf16; default bf16 on CUDA, fp32 on CPU", ("fp32", "bf16")
     )
-    # MAY_CHANGE: these may change when a run is resumed. They do not change what it computes,
-    # except that other micro-batches draw other dropout masks.
-    save_every: int | None = flag(None, "steps between saved states; default --eval-every", COUNT)
+    # MAY_CHANGE: a resumed run may change these. They change neither the method nor the order of
+    # the data, but may change rounding; other micro-batches draw other dropout masks.
+    save_every: int | None = flag(
+        None,
+        "steps between saved states (each evaluation saves one too); default --eval-every",
+        COUNT,
+    )
     micro_tokens: int | None = flag(
         None,
-        "most padded places (source + target) in one forward pass on one device"
+        "most tokens, padding included (source + target), in one forward pass on one device"
         + by_size("micro_tokens"),
         COUNT,
     )
@@ -210,7 +229,13 @@ def check_values(c: Config) -> None:
 
 
 def resolve(config: Config) -> Config:
-    """Fills in what follows from the rest and checks it; UserError for what cannot be run."""
+    """Returns a copy with all defaults filled in; `augment` and `rationales` may stay None.
+
+    Defaults depend on the size, the data set, the device and the number of processes. `device`
+    becomes "cpu" or "cuda", without the GPU's number; `parallel` becomes "none" for one process.
+    Resolving a second time changes nothing, so that a resumed run can start from `run.json`.
+    UserError for a value or a combination that is not allowed.
+    """
     c = Config(**asdict(config))
     check_values(c)
     for name, value in RECIPES[c.size].items():
@@ -272,8 +297,8 @@ def default_parallel(size: str) -> str:
 
 
 def run_name(c: Config) -> str:
-    """`runs/` folder named after the settings: the few that are always there, then each that
-    differs from what would have been chosen without it."""
+    """Returns the default run folder, `runs/` and a name: data set, size, method, labels, then
+    each other setting that is not at its default, then the seed."""
     default = resolve(Config(size=c.size, dataset=c.dataset, method=c.method, labels=c.labels))
     parts = [Path(c.dataset).name, c.size, c.method, c.labels]
     skip = MAY_CHANGE | {"size", "dataset", "method", "labels", "seed", "data_root", "device"}
@@ -286,7 +311,8 @@ def run_name(c: Config) -> str:
 
 
 def command(*words: str) -> str:
-    """The command line of train.py with these words, for as many processes as run now."""
+    """Returns a command line of train.py with these words, for as many processes as this machine
+    runs now."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     python = ["python"] if local == "1" else ["torchrun", f"--nproc_per_node={local}"]
     return shlex.join([*python, "train.py", *words])
@@ -295,8 +321,12 @@ def command(*words: str) -> str:
 # --------------------------------------------------------------------------------- run folder
 
 
-def agreed(work: Callable[[], Any]) -> Any:
-    """Rank 0's value of work(), or its UserError, on every rank: one process touches the files."""
+def from_rank_0(work: Callable[[], Any]) -> Any:
+    """Calls `work` on rank 0 alone; returns its result, or raises its UserError, on every rank.
+
+    So one process reads and changes the run folder, and all ranks act on the same answer. The
+    result is pickled and broadcast: it must be small.
+    """
     rank, world = rank_and_world()
     box = [None, None]
     if rank == 0:
@@ -312,8 +342,9 @@ def agreed(work: Callable[[], Any]) -> Any:
 
 
 def weights_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of a weights folder's config, vocabulary, index and safetensors headers (names,
-    shapes and offsets: the whole of an 11B model would take minutes to read)."""
+    """Returns {file name: sha256} of config, vocabulary, index and safetensors headers (names,
+    shapes, offsets). An 11B model would take minutes to read as a whole; of a .bin file only the
+    size is taken. The limit of 128 MB is for a damaged header's length."""
     hashes = {}
     for path in sorted(folder.glob("*")):
         if path.suffix == ".safetensors":
@@ -328,17 +359,25 @@ def weights_hashes(folder: Path) -> dict[str, str]:
 
 
 def provenance(c: Config) -> dict:
-    """All that decides a run's result besides its configuration: data, weights, code, versions."""
+    """Returns what `run.json` records besides the settings.
+
+    data_sha256: {path: sha256}; weights_sha256: see `weights_hashes`; git_sha: the commit, or None;
+    versions: {name: version}. `open_run` compares the two hashes; the rest is for people.
+    """
     paths = {path for paths in input_files(c).values() for path in paths}
     described = {path.with_name("task.json") for path in paths if path.name == "train.jsonl"}
     paths |= set(filter(Path.is_file, described))
     random = c.weights == "random"
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    try:
+        line = ["git", "rev-parse", "HEAD"]
+        git = subprocess.run(line, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        git = ""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "data_sha256": {str(path): sha256(path) for path in sorted(paths)},
         "weights_sha256": weights_hashes(HERE / "demo" if random else Path(c.weights)),
-        "git_sha": git.stdout.strip() or None,
+        "git_sha": git or None,
         "versions": {**versions, "numpy": np.__version__},
     }
 
@@ -346,8 +385,9 @@ def provenance(c: Config) -> dict:
 def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -> dict | None:
     """Claims the run folder: writes `run.json`, or checks that the one there is of this run.
 
-    Returns the result of a finished run, else None. UserError if the folder holds another run,
-    or an unfinished one without --resume.
+    Returns `result.json` of a finished run, and None for a new or unfinished one. `about` is
+    `provenance(c)`, `argv` the command line without the program. UserError if the folder holds
+    another run, or an unfinished one without --resume.
     """
     path = out / "run.json"
     if not path.exists():
@@ -385,36 +425,38 @@ def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -
 def save_student(
     c: Config, model: nn.Module, tokenizer: Tokenizer, folder: Path, step: int, accuracy: float
 ) -> None:
-    """Writes a student folder that `eval.py` and `transformers` load.
+    """Replaces `folder` by a student that `eval.py` and `transformers` load.
 
-    The new folder is complete before it replaces the old one; `restore` repairs a crash between
-    the two renames. All ranks of a sharded model call this to gather it; rank 0 writes.
+    accuracy: on valid, 0 to 1. Rank 0 first. All ranks of a sharded model must call this, since
+    its weights are gathered from all. The new folder is on the disk before it replaces the old
+    one; `restore` repairs a crash between the two renames. OSError where the disk is full.
     """
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
-    writes = rank_and_world()[0] == 0
-    if writes:
+    first = rank_and_world()[0] == 0
+    if first:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
     if c.parallel != "fsdp":
         model.save_pretrained(temporary)
     elif fills_shards(type(model)):
-        model.save_pretrained(temporary, writes)
+        model.save_pretrained(temporary, first)
     else:
         with evaluation.replaced(model, lambda shard: shard.full_tensor()):
-            if writes:
+            if first:
                 model.save_pretrained(temporary)
-    if not writes:
+    if not first:
         return
     tokenizer.save(temporary)
     about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset, "step": step}
     write_json(temporary / "dsbs.json", {**about, "valid_accuracy": accuracy})
     (temporary / "README.md").write_text(model_card(c, step, accuracy))
-    for path in temporary.iterdir():
+    for path in [*temporary.iterdir(), temporary]:
         fsync(path)
     if folder.exists():
         os.replace(folder, old)
     os.replace(temporary, folder)
+    fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -426,10 +468,12 @@ def restore(folder: Path) -> None:
 
 
 def best_so_far(out: Path, state: dict) -> tuple[float, int]:
-    """(validation accuracy, step) of `best/`, or (-1, 0) where no evaluation came before `state`.
+    """Returns the validation accuracy (0 to 1) and the step of `best/`; (-1, 0) where none counts.
 
-    A student that is newer than the state does not count: the run evaluates that step again.
-    UserError where an evaluation is logged and `best/` is gone.
+    A student of a later step than `state` does not count: the run was killed between that
+    evaluation and the next state, or an older state was put back; it evaluates that step again.
+    Repairs a crash in `save_student`. UserError where metrics.jsonl has an evaluation and `best/`
+    is gone.
     """
     restore(out / "best")
     path = out / "best" / "dsbs.json"
@@ -477,7 +521,10 @@ def latest_state(out: Path) -> Path | None:
 
 
 def named_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
-    """Weights and AdamW's moments by name, all float32; this rank's shards of a sharded model."""
+    """Weights and AdamW's moments by name, all float32; of a sharded model DTensors, which know
+    this rank's shard and its place in the whole. These tensors are the model's own: filling them
+    fills the model. Nothing else goes to the checkpoint writer: with other objects, torch 2.13
+    reports success and writes a file that cannot be read."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach()
@@ -488,8 +535,8 @@ def named_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def checkpoint_errors() -> Iterator[None]:
-    """What torch's checkpoints raise, as an OSError; without its warning that one process is alone,
-    which is meant."""
+    """Turns torch's CheckpointException into an OSError, and hides its warning about saving without
+    a process group, which is what we want for one process and for DDP."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -502,7 +549,8 @@ def checkpoint_errors() -> Iterator[None]:
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
-    """A sharded checkpoint in safetensors (no pickle): each rank writes its parts, at once."""
+    """Writes tensors to a folder as safetensors (no pickle); each rank of a sharded model writes
+    its shards. Returns when all ranks have written. OSError where that fails."""
     import torch.distributed.checkpoint as dcp  # takes a while to import
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -513,7 +561,8 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> None:
-    """Fills tensors, or parts of them, whatever the number of processes that saved them."""
+    """Fills `tensors` in place from a folder of `save_tensors`, whatever number of processes wrote
+    it. DTensors get this rank's shards, and all ranks must call this. OSError where it fails."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -522,15 +571,18 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
         dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
 
 
-def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer, size: int) -> float:
+def save_state(
+    c: Config, out: Path, step: int, model: nn.Module, optimizer, metrics_bytes: int
+) -> float:
     """Writes `state/step-N/` and removes the state before it. Returns the seconds that it took.
 
-    `size` is that of `metrics.jsonl`, in bytes. All ranks of a sharded model call this and write
-    their shards; otherwise rank 0 alone. The folder gets its name once it is on the disk.
+    `metrics_bytes` is the size of `metrics.jsonl`. All ranks of a sharded model call this and write
+    their shards; otherwise rank 0 alone calls it. The folder gets its name after everything in it
+    is on the disk, so that a folder with that name is a complete state, whenever the power fails.
     """
     start, sharded, first = time.monotonic(), c.parallel == "fsdp", rank_and_world()[0] == 0
     root = out / "state"
-    folder = root / f"step-{step:07}"
+    folder = root / f"step-{step:07}"  # names of seven digits sort like numbers
     temporary = root / f"{folder.name}.tmp"
     if first:
         for leftover in root.glob("*.tmp"):  # of a save that was killed
@@ -541,13 +593,13 @@ def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer, siz
     save_tensors(temporary, named_tensors(model, optimizer), sharded)
     if first:
         write_json(temporary / "state.json", {
-            "step": step, "metrics_bytes": size, "threads": torch.get_num_threads(),
+            "step": step, "metrics_bytes": metrics_bytes, "threads": torch.get_num_threads(),
             "world": rank_and_world()[1],
         })  # fmt: skip
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         os.replace(temporary, folder)
-        fsync(root)
+        fsync(root)  # the rename is on the disk too: only now may the state before it go
         for other in root.glob("step-*"):
             if other != folder:
                 shutil.rmtree(other)
@@ -567,9 +619,14 @@ def empty_moments(model: nn.Module, optimizer, step: int) -> None:
 
 
 def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict:
-    """Fills the model and the optimizer from the latest state, saved by any number of processes,
-    and returns its `state.json`; where there is no state yet, that of step 0."""
-    folder = agreed(lambda: latest_state(out))
+    """Fills the model and the optimizer from the newest state, in place, whatever number of
+    processes saved it.
+
+    Returns its `state.json`: step (steps done), metrics_bytes, threads, world (processes). Where
+    there is no state yet, nothing changes: step and metrics_bytes are 0, world is None, and AdamW
+    makes its moments in its first step.
+    """
+    folder = from_rank_0(lambda: latest_state(out))
     if folder is None:
         return {"step": 0, "world": None, "metrics_bytes": 0}
     facts = json.loads((folder / "state.json").read_text())
@@ -582,9 +639,13 @@ def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict:
 
 
 def split_rationales(c: Config, split: str) -> str | list[str] | None:
-    """What of --rationales feeds train, valid, test, or "augment": the files alone. palm, neox or
-    human go before files. Valid and test need a teacher's answers only where the student reads
-    them, or where nobody else has labelled the examples."""
+    """Returns the part of --rationales that one split reads: palm, neox or human, a list of files,
+    or None.
+
+    split: train, valid, test or augment. "augment" gets the files alone; where both a name and
+    files are given, the other splits get the name. Valid and test get something only where the
+    student reads rationales, or where the only labels are a teacher's.
+    """
     given = c.rationales if isinstance(c.rationales, list) else []
     if split == "augment":
         return [r for r in given if r not in NAMED]
@@ -595,7 +656,8 @@ def split_rationales(c: Config, split: str) -> str | list[str] | None:
 
 
 def input_files(c: Config) -> dict[str, list[Path]]:
-    """Every data file that the run reads, by what it is from."""
+    """Returns {source: files} of every data file that the run reads; `check_files` prints the
+    source, to say where a missing file comes from."""
     answers, own = list(map(Path, split_rationales(c, "augment"))), []
     # A folder of your own may do without test.
     tested = c.dataset in TASKS or has_split(c.dataset, "test", c.data_root)
@@ -619,7 +681,8 @@ def check_files(c: Config) -> None:
             "(untrained)"
         )
     for source, paths in input_files(c).items():
-        if lost := [str(path) for path in dict.fromkeys(paths) if not path.is_file()]:
+        lost = [str(path) for path in dict.fromkeys(paths) if not path.is_file()]
+        if lost:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             missing.append(f"{', '.join(lost[:3])}{more}: No such file; from {source}")
     if missing:
@@ -627,7 +690,9 @@ def check_files(c: Config) -> None:
 
 
 def augmenting(c: Config, counts: Counter) -> list[Example]:
-    """That part of ASDiv, its teacher's labels as labels (Figures 7 and 9)."""
+    """Returns the --augment-fraction of the augmenting examples, labelled by the teacher (Figures
+    7 and 9). Adds what is dropped to `counts`. The 2 in the seed makes this draw another than that
+    of --fraction."""
     files = split_rationales(c, "augment")
     examples = load_dataset(c.augment, "train", c.data_root, files, counts, c.dataset)
     for example in examples:
@@ -636,14 +701,15 @@ def augmenting(c: Config, counts: Counter) -> list[Example]:
 
 
 def fraction_of(examples: list[Example], fraction: float, seed: list[int]) -> list[Example]:
-    """A seeded prefix of a seeded order: smaller fractions are contained in larger ones."""
+    """Returns a random part of the examples, at least one, in their order. With the same seed a
+    smaller part is contained in a larger one."""
     order = np.random.default_rng(seed).permutation(len(examples))
     return [examples[i] for i in np.sort(order[: max(1, round(fraction * len(order)))])]
 
 
 @dataclass
 class Data:
-    """Everything that a run reads, tokenised once."""
+    """What a run reads, in host memory: training rows as token ids, valid and test as text."""
 
     tokenizer: Tokenizer
     rows: TokenRows
@@ -651,11 +717,15 @@ class Data:
     valid: list[Example]
     test: list[Example] | None
     majority: str  # the most frequent training label
-    notes: list[str]
+    notes: list[str]  # lines for the user: counts of examples, rows, truncation
 
 
 def prepare(c: Config) -> Data:
-    """Reads the splits, takes the fraction, makes rows and token arrays, and counts."""
+    """Reads the splits, chooses the training examples and turns them into rows of token ids.
+
+    Every rank does this for itself, with the same result. UserError where no training example has
+    the wanted label, none has a rationale that the method needs, or valid or test has no label.
+    """
     folder = HERE / "demo" if c.weights == "random" else Path(c.weights)
     tokenizer = evaluation.load_tokenizer(folder)
     counts = Counter()
@@ -664,6 +734,7 @@ def prepare(c: Config) -> Data:
         source = split_rationales(c, split)
         return load_dataset(c.dataset, split, c.data_root, source, counts, c.augment)
 
+    # The splits; valid and test must have labels to score against.
     everything, valid = load("train", counts), load("valid")
     test = load("test") if has_split(c.dataset, "test", c.data_root) else None
     for split, examples in (("valid", valid), ("test", test)):
@@ -671,6 +742,7 @@ def prepare(c: Config) -> Data:
             raise UserError(f"no example of {split} has a label, neither human nor the teacher's: "
                             "nothing to score; give --rationales with the teacher's answers to it, "
                             "or a file with labels")  # fmt: skip
+    # The examples to train on: a seeded fraction, with the wanted label.
     own = fraction_of(everything, c.fraction, [c.seed, 1])
     more = augmenting(c, counts) if c.augment else []
     examples = own + more
@@ -686,9 +758,18 @@ def prepare(c: Config) -> Data:
             f"--method {c.method} needs rationales and no training example has one; "
             "give --rationales, or --method standard"
         )
+    gold = [e.label for e in everything + valid + (test or [])]
+    labels = [*gold, *(wanted_label(e, c.labels) for e in usable)]
+    warnings = check_labels(get_task(c.dataset), tokenizer, labels, [e.input for e in everything])
+    # One row for each example and task, as token ids; and what a user should know about them.
     made = make_rows(usable, c.method, c.labels, c.prefixes, c.dataset)
     rows = tokenize_rows(made, tokenizer)
-    share = lambda part, whole: f"{part:,} ({100 * part / max(whole, 1):.2f} %)"  # noqa: E731
+    texts = (text for row in made if rows.unknown_tokens for text in (row.source, row.target))
+    unknown = " ".join(unknown_characters(texts, tokenizer))
+
+    def share(part: int, whole: int) -> str:
+        return f"{part:,} ({100 * part / max(whole, 1):.2f} %)"
+
     notes = [
         f"data: {c.dataset}, {len(own):,} of {len(everything):,} training examples "
         f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test or []):,} test"
@@ -699,20 +780,28 @@ def prepare(c: Config) -> Data:
         f"teacher answers without an example: {counts['teacher_ids_unmatched']:,}",
         f"rows: {len(made):,}; truncated sources {share(rows.truncated_sources, len(made))}, "
         f"targets {share(rows.truncated_targets, len(made))}; "
-        f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}",
+        f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}"
+        + (f", above all of {unknown}" if unknown else ""),
+        *warnings,
     ]
+    if counts["labels_stripped"]:
+        notes.append(f"warning: space around {counts['labels_stripped']:,} labels was cut")
     majority = Counter(wanted_label(e, c.labels) for e in usable).most_common(1)[0][0]
     return Data(tokenizer, rows, [e.id for e in usable], valid, test, majority, notes)
 
 
 # --------------------------------------------------------------------------------------- model
 
+# A fork of this project sets `evaluation.STUDENT` to its own class, which may lack what T5 has.
+
 
 def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
-    """The student before training: pretrained weights, or that size at random for `random`.
+    """Returns the student before training: pretrained weights, or random ones for --weights random.
 
-    For FSDP a class that can is sharded first and filled then, so that no process holds a whole
-    model; another is whole in each process for a moment.
+    It is on the CPU; for FSDP it is already sharded, on this process's device. A class that has
+    `load_weights` is sharded while it is empty, so that no process holds a whole model; of another
+    class each process holds a whole model for a moment. UserError where the vocabulary is larger
+    than the model's.
     """
     torch.manual_seed(c.seed)
     student, folder, random = evaluation.STUDENT, Path(c.weights), c.weights == "random"
@@ -729,16 +818,29 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
                 model.load_weights(folder)
     else:
         model = student(untrained) if random else evaluation.load_model(folder)
-    rows = model.config.vocab_size if hasattr(model, "config") else math.inf  # a fork may lack it
-    if rows < tokenizer.vocab_size:
-        raise UserError(
-            f"{c.weights}: vocab_size {rows} is smaller than its tokenizer's "
-            f"{tokenizer.vocab_size}; they belong to different models"
-        )
+    evaluation.check_vocabulary(model, tokenizer, c.weights)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = c.dropout  # whatever config.json says: v1.1's is for pretraining
     return parallelize(model, c) if c.parallel == "fsdp" and not fills_shards(student) else model
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of a model's parameters; those that are shared count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_size(c: Config, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """UserError where --size was given and the weights are of another size. T5 1.0's shapes differ
+    from v1.1's, by less than a factor of two."""
+    with torch.device("meta"):
+        config = evaluation.untrained_config(c.size, tokenizer.vocab_size)
+        expected = parameters(type(model)(config))
+    if not expected / 2 <= parameters(model) <= 2 * expected:
+        raise UserError(
+            f"--size {c.size} has about {expected:,} parameters, and --weights {c.weights} "
+            f"{parameters(model):,}; give the size of these weights, or weights of this size"
+        )
 
 
 def fills_shards(student: type[nn.Module]) -> bool:
@@ -747,18 +849,20 @@ def fills_shards(student: type[nn.Module]) -> bool:
 
 
 def own_device(c: Config) -> torch.device:
-    """This process's device: the CPU, or the GPU that `choose_device` made current."""
+    """Returns this process's device: the CPU, or the GPU that `eval.processes` made current."""
     return torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
 
 
 def parallelize(model: nn.Module, c: Config) -> nn.Module:
-    """The same model, made ready for several processes; its backward averages gradients over them.
+    """Prepares a model for several processes; its backward then averages gradients over them.
 
-    ddp: a copy on each. fsdp: each holds a part of every parameter, gradient and moment in float32
-    (FSDP2, https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html); a block's weights
-    are gathered when it runs, in bf16 where that is the precision, and gradients reduced in
-    float32. An embedding tied to the head is gathered with the whole model, or it would be gone
-    when the head needs it.
+    none: applies --recompute and --compile only. ddp: returns a wrapper; each process has a copy.
+    fsdp: changes the model in place; each process holds a shard of every parameter, gradient and
+    moment in float32 (FSDP2, https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
+    A unit's weights are gathered when it runs, in bf16 where that is the precision, and gradients
+    are reduced in float32. Units are the blocks, the embedding and the head; the model itself has
+    the rest. An embedding tied to the head belongs to the rest, which stays gathered from the
+    first block to the head.
     """
     for block in dict.fromkeys(model.blocks):  # a fork may use one twice
         if c.recompute:
@@ -772,20 +876,22 @@ def parallelize(model: nn.Module, c: Config) -> nn.Module:
 
         mesh = dist.init_device_mesh(c.device, (dist.get_world_size(),))
         gathered_in = torch.bfloat16 if c.precision == "bf16" else None
-        policy = MixedPrecisionPolicy(  # casting inputs would make the masks -inf
+        # Inputs are not cast: the residual stream between blocks is float32.
+        policy = MixedPrecisionPolicy(
             param_dtype=gathered_in, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        # Embedding and head; one alone is tied, and stays in the unit of the whole model.
         ends = [m for m in model.children() if isinstance(m, nn.Embedding | nn.Linear)]
         units = [*(ends if len(ends) > 1 else []), *model.blocks, model]
         for unit in dict.fromkeys(units):
-            # The head is the first that the backward pass needs: it stays gathered until then.
+            # The backward pass needs the head first: it stays gathered. None is torch's default.
             reshard = False if isinstance(unit, nn.Linear) else None
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return model
 
 
 def recompute(block: nn.Module) -> None:
-    """Keeps only the block's input in training, and runs it again in the backward pass."""
+    """Makes a block keep only its inputs in training, and run again in the backward pass."""
     plain = block.forward
 
     def forward(*inputs):
@@ -803,11 +909,14 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 
 
 class Signals:
-    """Notes the first signal that asks the run to stop; the loop then saves and stops. Slurm sends
-    SIGUSR1 where it is told to; a signal that is ignored at the start (nohup) stays ignored."""
+    """Notes the first signal that asks the run to stop; the loop then saves and stops.
+
+    `got` is its number, or 0. A second Ctrl-C, more than a second later, exits at once and saves
+    nothing. A signal that is ignored at the start (nohup) stays ignored. Slurm can send SIGUSR1.
+    """
 
     def __init__(self) -> None:
-        self.got, self.at = 0, 0.0
+        self.got, self.time = 0, 0.0
 
     def __enter__(self) -> "Signals":
         caught = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
@@ -819,11 +928,11 @@ class Signals:
             signal.signal(number, handler)
 
     def note(self, number: int, _) -> None:
-        # torchrun passes a terminal's Ctrl-C on, so it comes twice; one that comes later is meant.
-        if self.got == number == signal.SIGINT and time.monotonic() - self.at > 1:
+        # A terminal's Ctrl-C comes twice under torchrun, within a second; a later one is a user's.
+        if self.got == number == signal.SIGINT and time.monotonic() - self.time > 1:
             os._exit(128 + number)
         if not self.got:
-            self.got, self.at = number, time.monotonic()
+            self.got, self.time = number, time.monotonic()
 
 
 def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -835,7 +944,8 @@ def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str,
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
-    """(B, T) labels, shifted right with the ids that the student's own `generate` uses."""
+    """(B, T) labels, -100 where there is none -> (B, T) ids: the start token, then the labels but
+    the last, PAD for -100. The ids are those that the student's own `generate` uses; 0 is T5's."""
     config = getattr(getattr(model, "module", model), "config", None)  # DDP wraps the model
     ids = [getattr(config, name, 0) for name in ("decoder_start_token_id", "pad_token_id")]
     return shift_right(labels, *ids)
@@ -844,7 +954,12 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
 def forward_backward(
     model: nn.Module, batch: dict[str, Tensor], counts: Tensor, c: Config, scale: int
 ) -> Tensor:
-    """One micro-batch: adds to the gradients, returns its shares of each task's loss and of L."""
+    """Runs one micro-batch forward and backward; adds `scale` times its gradient to `.grad`.
+
+    batch: input_ids, attention_mask (B, S), labels (B, T), tasks (B,), all int64. counts (tasks,):
+    each task's target tokens in the whole step. Returns (tasks + 1,) float32, detached: what this
+    micro-batch adds to each task's loss of the step, and to their weighted sum L (Eq. 3).
+    """
     labels = batch["labels"]
     with autocast(counts.device, c.precision):
         logits = model(batch["input_ids"], batch["attention_mask"], decoder_inputs(model, labels))
@@ -856,48 +971,59 @@ def forward_backward(
 def train_step(
     model, optimizer, c: Config, data: Data, step: int, device: torch.device, stop: int
 ) -> tuple[dict, int]:
-    """One optimizer step, `step` from 0; `stop` is the signal that this rank got, or 0.
+    """Runs one optimizer step, `step` from 0; `stop` is the signal that this rank got, or 0.
 
-    Returns its figures for `metrics.jsonl`, and the signal that any rank got, or 0. RunError where
-    the loss or the gradient is not finite.
+    Returns a line of `metrics.jsonl`, and the signal that any rank got, or 0. The line: step (from
+    1); each task's loss and their weighted sum, in nats a target token, over all ranks; lr; norm of
+    the gradient before clipping; examples and tokens (unpadded) a second, over all ranks; memory.
+    RunError on all ranks where the loss or the norm is not finite; then nothing has changed.
     """
     start, rows = time.monotonic(), data.rows
     (rank, world), n = rank_and_world(), len(TARGETS)
+
+    # The step's rows, and this rank's micro-batches. Every rank computes the same division.
     examples = step_examples(rows.n_examples, c.batch_size, c.seed, step)
-    numbers = rows.rows_of(examples)  # both rows of each example, on every rank
-    tasks, multiple = rows.tasks[numbers], evaluation.MULTIPLE[device.type]
-    sources, targets = rows.lengths(numbers)
+    row_ids = rows.rows_of(examples)  # of each example its rows of all tasks
+    tasks, multiple = rows.tasks[row_ids], evaluation.MULTIPLE[device.type]
+    sources, targets = rows.lengths(row_ids)
     lengths = round_up(sources, multiple), round_up(targets, multiple)
-    cost = c.micro_tokens, world, OVERHEAD[device.type]
-    batches = micro_batches(*lengths, tasks, *cost)[rank]
-    known = to_tensors({
+    overhead = OVERHEAD[device.type]
+    batches = micro_batches(*lengths, tasks, c.micro_tokens, world, overhead)[rank]
+
+    # What must be known before the first backward pass, copied to the device at once.
+    uploaded = to_tensors({
         # Each task's target tokens in the whole step: the denominators of Eq. 1 and 4.
         "counts": np.array([targets[tasks == task].sum() for task in range(n)]),
         # Summed over ranks: each task's loss, L, and how many ranks got each signal.
-        "shares": np.float32([0] * (n + 1) + [stop == number for number in STOPPING]),
+        "sums": np.float32([0] * (n + 1) + [stop == number for number in STOPPING]),
     }, device)  # fmt: skip
-    counts, shares = known["counts"], known["shares"]
+    counts, sums = uploaded["counts"], uploaded["sums"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
+    # Learning rate and dropout follow from the step alone, so a resumed run has the same.
     lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
     for group in optimizer.param_groups:
         group["lr"] = lr
     dropout_seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(dropout_seed[0]))
-    for i, part in enumerate(batches):
-        batch = to_tensors(collate(rows, numbers[part], multiple), device)
-        # Gradients are averaged over the ranks, and our losses are parts of one sum: times world.
-        # DDP waits for the last to do it; FSDP does it each time, and keeps no whole gradients.
+
+    # Forward and backward; gradients add up over the micro-batches.
+    for i, members in enumerate(batches):
+        batch = to_tensors(collate(rows, row_ids[members], multiple), device)
+        # The loss is one sum over all ranks, and DDP and FSDP average gradients: times world. DDP
+        # averages once, in the last micro-batch; FSDP in each, since it keeps only shards.
         wait = c.parallel == "ddp" and i < len(batches) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
-            shares[: n + 1] += forward_backward(model, batch, counts, c, world)
+            sums[: n + 1] += forward_backward(model, batch, counts, c, world)
+
+    # Sums over the ranks, the clipped norm, and one look at all of it.
     if world > 1:
-        dist.all_reduce(shares)
+        dist.all_reduce(sums)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     norm = norm.full_tensor() if c.parallel == "fsdp" else norm
     # The one time in a step that the host waits for the device.
-    figures = torch.cat([shares, norm[None]]).tolist()
+    figures = torch.cat([sums, norm[None]]).tolist()
     task_losses, (loss, *stopped, grad_norm) = figures[:n], figures[n:]
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunError(
@@ -941,49 +1067,56 @@ def log_line(c: Config, m: dict, seconds_left: float) -> str:
 
 
 def first_lines(c: Config, data: Data, model: nn.Module, done: int) -> str:
-    """What a run prints before its first step: data, model, steps, disk space."""
-    parameters = sum(p.numel() for p in model.parameters())
+    """What a run prints before its first step: data, model, steps, disk space. All is float32: a
+    state has weights and two moments, 12 bytes a parameter, a student 4."""
+    size = parameters(model)
     epochs = c.steps * c.batch_size / data.rows.n_examples
     return "\n".join(data.notes) + (
-        f"\nmodel: {c.weights} ({c.size}), {parameters:,} parameters; {c.precision} on "
+        f"\nmodel: {c.weights} ({c.size}), {size:,} parameters; {c.precision} on "
         f"{rank_and_world()[1]} x {c.device}, {c.parallel}; {torch.get_num_threads()} threads\n"
         f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
         f"most {c.micro_tokens:,} tokens; valid every {c.eval_every}, state every {c.save_every}"
         + (f"; continuing after step {done}" if done else "")
-        + f"\ndisk: a state {12 * parameters / 1e6:,.0f} MB, best and last "
-        f"{4 * parameters / 1e6:,.0f} MB each\n"
+        + f"\ndisk: a state {12 * size / 1e6:,.0f} MB, best and last "
+        f"{4 * size / 1e6:,.0f} MB each\n"
         f"cost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples, "
-        f"at least {-(-c.steps // c.save_every):,} saved states: training waits"
+        f"at least {-(-c.steps // c.save_every):,} saved states; training waits for each"
     )
 
 
 def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) -> None:
-    """Trains from the newest state, or from the start, to the last step; writes `best/`, `last/`.
+    """Trains from the newest state, or from the start, to the last step.
 
-    Raises Interrupted after it has saved where a rank got a signal, and RunError where a loss or
-    gradient is not finite.
+    Moves `model` to the device and changes it; writes `state/`, `metrics.jsonl`, `best/` and
+    `last/` in `out`. After a signal to any rank it saves and raises Interrupted on all. RunError
+    where a loss or gradient is not finite; UserError where `best/` is gone.
     """
     rank, world = rank_and_world()
     device = own_device(c)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
     state = load_state(c, out, model, optimizer)
-    best, _ = agreed(lambda: best_so_far(out, state))
+    best, _ = from_rank_0(lambda: best_so_far(out, state))
     step = began_at = state["step"]
     if world == state["world"]:
         torch.set_num_threads(state["threads"])  # another number would give other bits
-    writes = c.parallel == "fsdp" or rank == 0  # each rank of a sharded model writes its shards
+    saves = c.parallel == "fsdp" or rank == 0  # each rank of a sharded model saves its shards
     print0(first_lines(c, data, model, step))
     student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
     student.interrupted = lambda: signals.got
+    # FSDP has sharded the model already. DDP's wrapper is for training alone: students and states
+    # are saved from the model in it.
     wrapped = model if c.parallel == "fsdp" else parallelize(model, c)
-    if world > 1:  # DDP orders its buckets anew after the first backward: do it before step 1
+    if world > 1:
+        # DDP arranges its gradient buckets after its first backward, which changes the order of
+        # sums. This backward, whose gradients are dropped, does it before the first step, of a new
+        # and of a resumed run alike.
         batch = to_tensors(collate(data.rows, np.array([0])), device)
         forward_backward(wrapped, batch, torch.ones(len(TARGETS), device=device), c, world)
         model.zero_grad(set_to_none=True)
 
     metrics_file = open(out / "metrics.jsonl", "ab") if rank == 0 else None  # noqa: SIM115
-    if metrics_file:
+    if metrics_file:  # lines after the state belong to steps that run again
         metrics_file.truncate(state["metrics_bytes"])
 
     def log(row: dict) -> None:
@@ -999,6 +1132,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
             evaluates = step % c.eval_every == 0 or step == c.steps
             if step > 0 and evaluates:
                 start = time.monotonic()
+                # Decoding has many shapes: compiling each would take longer than it saves.
                 with torch.compiler.set_stance("force_eager" if c.compile else "default"):
                     summary, _ = evaluation.evaluate(student, data.valid, progress="valid")
                 accuracy, seconds = summary["accuracy"], time.monotonic() - start
@@ -1006,7 +1140,7 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
                 print0(f"step {step}/{c.steps}  valid {accuracy:.4f}  ({seconds:.1f} s)")
                 if accuracy > best:
                     best = accuracy
-                    if writes:
+                    if saves:
                         save_student(c, model, data.tokenizer, out / "best", step, best)
             if step == c.steps:
                 break
@@ -1023,21 +1157,21 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
 
             # Save the state if it is due: also before an evaluation, which a signal may end.
             due = step % c.save_every == 0 or step % c.eval_every == 0 or step == c.steps or stop
-            if due and writes:
-                size = 0
+            if due and saves:
+                written = 0
                 if metrics_file:
                     fsync(out / "metrics.jsonl")
-                    size = metrics_file.tell()
-                seconds = save_state(c, out, step, model, optimizer, size)
+                    written = metrics_file.tell()  # a line was just written: this is the file's end
+                seconds = save_state(c, out, step, model, optimizer, written)
                 if c.parallel == "fsdp" or seconds > 10:
                     print0(f"state of step {step} saved in {seconds:.1f} s")
             if stop:
                 if world > 1:
-                    dist.barrier()  # all ranks leave together, once rank 0 has saved
+                    dist.barrier()  # all ranks exit together, once rank 0 has saved
                 raise Interrupted(stop)
     if metrics_file:
         metrics_file.close()
-    if writes:
+    if saves:
         save_student(c, model, data.tokenizer, out / "last", c.steps, accuracy)
 
 
@@ -1049,8 +1183,9 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
         dist.barrier()  # best/ is written
     if c.parallel == "fsdp" and fills_shards(type(model)):
         model.load_weights(best)
-        about = c.method, c.prefixes, c.dataset, device, c.precision
-        student = Student(model, data.tokenizer, *about)
+        student = Student(
+            model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision
+        )
     else:
         student = evaluation.load_student(best, device, c.precision)
     student.interrupted = lambda: signals.got
@@ -1059,6 +1194,7 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
         summary, rows = evaluation.evaluate(student, data.test, progress="test")
         if rank == 0:
             write_jsonl(out / "predictions.jsonl", rows)
+    # The rival that always gives the most frequent training label, on the split that is scored.
     kind, gold = evaluation.gold_labels(data.valid if data.test is None else data.test)
     scored = [label for label in gold if label is not None]
     task = get_task(c.dataset)
@@ -1067,7 +1203,7 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
     result = {
         "valid_accuracy": about["valid_accuracy"], "test_accuracy": summary["accuracy"],
         "n_test": summary["n"], "best_step": about["step"], "labels": kind,
-        "majority_accuracy": hits / len(scored),
+        "majority_accuracy": hits / len(scored), "parameters": parameters(model),
         **{key: getattr(c, key) for key in ("dataset", "size", "method", "fraction", "seed")},
     }  # fmt: skip
     if rank == 0:
@@ -1126,8 +1262,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def remembered(given: dict, out: str | None, resume: bool) -> dict:
-    """On resume, flags that are not given stay as they were; only `parallel` follows from what
-    there is now."""
+    """Returns `given`, with the flags that were not given taken from OUT/run.json.
+
+    It does so only with --resume, --out and a run.json. `parallel` is not taken from it, since the
+    number of processes may have changed. Every rank reads the file: there is no process group yet.
+    UserError where it cannot be used.
+    """
     path = Path(out or "", "run.json")
     if not (resume and out and path.exists()):
         return given
@@ -1140,8 +1280,13 @@ def remembered(given: dict, out: str | None, resume: bool) -> dict:
     return given
 
 
-def run(given: dict, argv: list[str], out: str | None, resume: bool) -> int:
-    """Trains with the flags given, or shows a finished run; returns the exit status."""
+def run(given: dict, argv: list[str], out: str | None, resume: bool, sized: bool) -> int:
+    """Trains and scores a run, or shows a finished one; returns 0, or 128 + n after signal n.
+
+    given: the flags that were given, by Config's names. argv: the command line, for run.json.
+    sized: was --size given?
+    UserError, RunError and OSError where the run cannot be started or continued.
+    """
     c = resolve(Config(**given))
     check_files(c)
     out = Path(out or run_name(c))
@@ -1152,18 +1297,21 @@ def run(given: dict, argv: list[str], out: str | None, resume: bool) -> int:
             held.enter_context(lock(out / ".lock"))
             return open_run(c, out, about, argv, resume)
 
-        # An existing folder is checked first; a new one is made once all files have been read.
-        exists = agreed((out / "run.json").exists)
-        result = agreed(claim) if exists else None
+        # An existing folder is checked before the data are read, which may take minutes; a new one
+        # is made after that, so that a mistake in the data makes no folder.
+        exists = from_rank_0((out / "run.json").exists)
+        result = from_rank_0(claim) if exists else None
         if result:
-            first = agreed(lambda: json.loads((out / "run.json").read_text())["argv"])
+            first = from_rank_0(lambda: json.loads((out / "run.json").read_text())["argv"])
             again = command(*(word for word in first if word != "--resume"), "--out", f"{out}-2")
             print0(f"{out} is finished; to repeat it elsewhere:\n  {again}")
         else:
             data = prepare(c)
             model = build_model(c, data.tokenizer)
+            if sized and c.weights != "random" and hasattr(type(model), "untrained_config"):
+                check_size(c, model, data.tokenizer)
             if not exists:
-                agreed(claim)
+                from_rank_0(claim)
             print0(f"run folder: {out}")
             signals = held.enter_context(Signals())
             try:
@@ -1178,8 +1326,8 @@ def run(given: dict, argv: list[str], out: str | None, resume: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 2 with one line for a user's mistake, 1 for a run that could not go on, 128 + n
-    for one that signal n stopped."""
+    """Runs the command line; returns the exit status: 0, 2 for a user's mistake, 1 for a run that
+    could not continue, 128 + n after signal n. Errors are printed as one line."""
     argv = sys.argv[1:] if argv is None else argv
     given = vars(parse_args(argv))
     out, resume = given.pop("out", None), given.pop("resume", False)
@@ -1198,16 +1346,16 @@ def main(argv: list[str] | None = None) -> int:
         settings = remembered(given, out, resume)
         try:
             with processes(choose_device(settings.get("device")), timeout):
-                return run(settings, argv, out, resume)
+                return run(settings, argv, out, resume, "size" in given)
         except (OSError, SafetensorError) as error:  # a full disk, above all
-            raise RunError(f"{error}; the last saved state is kept: once this is solved, continue "
-                           "with --resume") from None  # fmt: skip
+            more = "solve this, then repeat the command with --resume; saved states are kept"
+            raise RunError(f"{error}; {more}") from None
 
     return exit_status(program)
 
 
 if __name__ == "__main__":
-    # scripts/plan.py imports this file as `train`. To run that module, and not a second copy of it:
+    # scripts/plan.py imports this file as `train`. Run that module, so that each class exists once.
     from importlib import import_module
 
-    leave(import_module("train").main())
+    exit_process(import_module("train").main())

@@ -12,6 +12,11 @@ Besides the three splits it writes `pool.jsonl`, requests without a label but wi
 teacher's answers, and `weak.jsonl`, a worse teacher's answers to the requests of the splits.
 """
 
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
+
 import argparse
 import io
 import json
@@ -201,9 +206,9 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     for name, content in make_demo().items():
-        beside = out / f"{name}.tmp"
-        beside.write_bytes(content)
-        os.replace(beside, out / name)
+        temporary = out / f"{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, out / name)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,13 @@
 completions under `datasets/`. The student is `tiny`, untrained, so that no download is needed.
 """
 
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
+
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +82,7 @@ def main() -> None:
     print(f"""# One problem, from raw record to score
 
 All values below were computed by `python docs/walkthrough.py --data-root datasets`, which wrote
-this page; a test writes it again. Open the file that a heading names beside it.
+this page; a test writes it again. Keep the file that a heading names open.
 
 ## 1. A record of SVAMP (`data.py`: `load_dataset`)
 
@@ -127,7 +131,7 @@ both equations are worth {worth}.
 
 ## 4. Two rows (`dsbs.py`: `make_rows`, Section 3.2)
 
-One input, two tasks, told apart by a prefix. With `--labels teacher` the first target would be y^.
+One input, two tasks, each with its prefix. With `--labels teacher` the first target would be y^.
 
 ```python
 {two_rows}

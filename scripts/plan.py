@@ -298,7 +298,7 @@ memory of a GPU (simulated, {p["rows"]} rows of {MAX_SOURCE:,} + {MAX_TARGET} to
 micro-batch): peak {p["peak_gib"]:.2f} GiB in training, {p["evaluation_peak_gib"]:.2f} GiB in \
 evaluation
 in training: {parts}
-with {LEFT_OUT} GiB for what this leaves out (CUDA context, NCCL, fragmentation) it \
+with {LEFT_OUT} GiB for what is not counted (CUDA context, NCCL, fragmentation) it \
 {fits["fits_40gb"]} a 40 GB card and {fits["fits_80gb"]} an 80 GB one
 against fragmentation: export PYTORCH_ALLOC_CONF=expandable_segments:True
 steps: {p["steps"]:,} of {p["batch_size"]} examples, {p["epochs"]:.2f} epochs of \

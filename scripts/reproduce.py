@@ -14,13 +14,17 @@ Before anything starts, `train.py`'s own check compares each existing folder wit
 data that its run would have. Nothing is deleted. `tables.py` writes the results.
 """
 
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
+
 import argparse
 import functools
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -199,8 +203,10 @@ def configure(p: Point, seed: int, given: dict) -> train.Config:
     the configuration."""
     root = given.get("data_root", train.Config.data_root)
     flags = {name: getattr(p, name) for name in ("dataset", "method", "labels", "fraction")}
-    flags |= {"size": "tiny" if p.size in SHAPES else p.size, "seed": seed}
-    if p.size in SHAPES:
+    flags["seed"] = seed
+    if p.size not in SHAPES:
+        flags["size"] = p.size
+    else:  # smaller than any size that train.py knows
         flags["weights"] = str(untrained(p.size, seed))
     if p.shuffled:
         flags["rationales"] = [str(shuffled(p.dataset, p.rationales, root))]
@@ -297,7 +303,8 @@ class Runs:
         """Scores the teacher's own answers to a data set."""
         try:
             root = self.given.get("data_root", train.Config.data_root)
-            if row := teacher_row(s.dataset, root, s.teachers[0]):
+            row = teacher_row(s.dataset, root, s.teachers[0])
+            if row:
                 self.teachers[s.dataset] = row
         except UserError as error:
             self.problems[str(error)] = None
@@ -593,7 +600,10 @@ def reproduce(args: argparse.Namespace, given: dict) -> int:
         return 0 if args.dry_run else 2
     failed, stopped = {}, False
     try:  # again and again, for what the search of figures 8 and 9 adds
-        while todo := [r for r in runs.unique(grids()) if not r.finished and r.out not in failed]:
+        while True:
+            todo = [r for r in runs.unique(grids()) if not r.finished and r.out not in failed]
+            if not todo:
+                break
             failed |= work(todo, args.workers, tables.RESULTS / name / "logs")
     except KeyboardInterrupt:
         stopped = True

@@ -154,7 +154,7 @@ def source(p: Point) -> str:
 
 
 def cells(name: str, e: Entry, all_of: list[Entry]) -> dict[str, str]:
-    """An entry's line of the table, by column; few-shot CoT, which trains nothing, leaves some
+    """An entry's line of the table, by column; few-shot CoT trains nothing, so some are
     empty."""
     p, first = e.point, e.rows[0]
     pool = f", with {100 * p.pool:g} % of the unlabelled" if p.pool else ""

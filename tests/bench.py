@@ -267,8 +267,8 @@ def config_of(folder: Path, quick: bool, method: str = "step-by-step") -> train.
 
 def by_task(c: train.Config, rows, step: int) -> list[dict]:
     """A step's examples as the released recipe batches them: a padded batch for each task."""
-    mine = rows.rows_of(data.step_examples(rows.n_examples, c.batch_size, c.seed, step))
-    tasks = [mine[rows.tasks[mine] == task] for task in (0, 1)]
+    chosen = rows.rows_of(data.step_examples(rows.n_examples, c.batch_size, c.seed, step))
+    tasks = [chosen[rows.tasks[chosen] == task] for task in (0, 1)]
     return [tensors(rows, some) for some in tasks if len(some)]
 
 
@@ -409,14 +409,20 @@ def padding(quick: bool, folder: Path) -> dict:
             up = [data.round_up(x, evaluation.MULTIPLE[device]) for x in lengths]
             real, places, forwards = 0, 0, 0
             for step in range(10):
-                mine = rows.rows_of(data.step_examples(rows.n_examples, c.batch_size, 0, step))
-                source, target = (x[mine] for x in up)
-                dealt = data.micro_batches(source, target, rows.tasks[mine], c.micro_tokens, ranks,
-                                           train.OVERHEAD[device])  # fmt: skip
-                real += sum(int(x[mine].sum()) for x in lengths)
+                chosen = rows.rows_of(data.step_examples(rows.n_examples, c.batch_size, 0, step))
+                source, target = (x[chosen] for x in up)
+                assigned = data.micro_batches(
+                    source,
+                    target,
+                    rows.tasks[chosen],
+                    c.micro_tokens,
+                    ranks,
+                    train.OVERHEAD[device],
+                )
+                real += sum(int(x[chosen].sum()) for x in lengths)
                 places += sum(len(p) * (source[p].max() + target[p].max())
-                              for p in sum(dealt, []) if len(p))  # fmt: skip
-                forwards += len(dealt[0])
+                              for p in sum(assigned, []) if len(p))  # fmt: skip
+                forwards += len(assigned[0])
             found[f"{name}, {device}, {ranks} ranks: padding"] = float(1 - real / places)
             found[f"{name}, {device}, {ranks} ranks: forwards"] = forwards / 10
     return found
@@ -594,7 +600,7 @@ def child_examples(n: str, folder: str) -> dict:
 
 
 def growth(quick: bool, folder: Path) -> dict:
-    """Each column's cost over its first line's, beside how its arithmetic grows: FLOPs of the
+    """Each column's cost over its first line's, and how its arithmetic grows: FLOPs of the
     step's matrix products, or examples."""
     tables = {
         "rows": [("small", n, 64, 32) for n in ((2, 4) if quick else (4, 8, 16, 32, 64))],

@@ -1,13 +1,19 @@
 """What a user may type wrong: one line with the value, what is allowed and the remedy, exit status
 2, nothing written, nothing lost."""
 
+import ast
 import json
 import shutil
 
 import pytest
+import torch
+from conftest import ROOT, run
 
+import eval as evaluation
 import train
 from t5 import T5, T5Config
+
+PROGRAMS = ["train.py", "eval.py", "teacher.py", "scripts/reproduce.py", "demo/make_demo.py"]
 
 
 @pytest.fixture
@@ -94,10 +100,66 @@ def test_weights_folders(refuse, tmp_path):
     assert "spiece.model" in refuse("--weights", "w")
     shutil.copy(train.DEMO_VOCABULARY, tmp_path / "w" / "spiece.model")
     assert "vocab_size 64 is smaller" in refuse("--weights", "w")
+    shape["vocab_size"] = 640
+    for key, id in (("eos_token_id", 3), ("pad_token_id", 1), ("decoder_start_token_id", 639)):
+        T5(T5Config(**shape, **{key: id})).save_pretrained(tmp_path / "w")
+        error = refuse("--weights", "w")
+        assert key in error and f" {id} " in error
+    T5(T5Config(**shape)).save_pretrained(tmp_path / "w")
+    error = refuse("--weights", "w", "--size", "small", "--dataset", "demo")
+    assert "--size small" in error and "76,9" not in error, "with this vocabulary"
+    top = 505 + 100
+    new = {"added_tokens": [{"id": 7, "content": "<nl>"}]}
+    old = {"<extra_id_0>": top, "<nl>": top + 1}
+    for name, content in (("added_tokens.json", old), ("tokenizer.json", new)):
+        (tmp_path / "w" / name).write_text(json.dumps(content))
+        assert "'<nl>'" in refuse("--weights", "w") and "extra_id" not in refuse("--weights", "w")
+        (tmp_path / "w" / name).write_text(json.dumps({"added_tokens": []} if "z" in name else {}))
+    for name in ("model.safetensors", "config.json", "spiece.model"):
+        path, kept = tmp_path / "w" / name, (tmp_path / "w" / name).read_bytes()
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        error = refuse("--weights", "w")
+        assert name in error and "git lfs pull" in error
+        path.unlink()
+        path.symlink_to("../blobs/0")
+        error = refuse("--weights", "w")
+        assert name in error and "link to nothing" in error and "cp -rL" in error
+        path.unlink()
+        if name == "spiece.model":
+            assert "copy spiece.model" in refuse("--weights", "w"), "tokenizer.json is there"
+        path.write_bytes(kept)
+    (tmp_path / "w" / "tokenizer.json").unlink()
     (tmp_path / "w" / "config.json").unlink()
     assert "config.json" in refuse("--weights", "w")
     (tmp_path / "w" / "spiece.model").write_bytes(b"nonsense")
     assert "not a SentencePiece model" in refuse("--weights", "w")
+
+
+def test_labels_that_cannot_be_written_are_refused_before_training(refuse, tmp_path):
+    write(tmp_path / "thirds", [row(i, label=("⅓ full", "full")[i % 2]) for i in range(20)])
+    assert "'⅓ full'" in refuse("--dataset", "thirds") and "⅓" in refuse("--dataset", "thirds")
+
+
+@pytest.mark.parametrize("platform, version", [("win32", (3, 12)), ("linux", (3, 9, 18))])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_another_system_is_refused_before_anything_is_imported(name, platform, version):
+    text = (ROOT / name).read_text()
+    ast.parse(text, feature_version=(3, 9) if name == "teacher.py" else (3, 6))  # it can be read
+    code = f"import sys; sys.platform, sys.version_info = {platform!r}, {version}; sys.path = []; "
+    done = run("-c", f"{code}exec(compile({text!r}, {name!r}, 'exec'))", check=1)
+    assert done.stderr.count("\n") == 1 and "Python 3.10" in done.stderr and not done.stdout
+
+
+def test_a_driver_that_torch_cannot_use_is_warned_of(tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("it can be used here")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    evaluation.warn_of_idle_gpu.cache_clear()
+    for device, warned in (("cpu", 0), (None, 1), (None, 0)):
+        assert evaluation.choose_device(device).type == "cpu"
+        assert capsys.readouterr().err.count("warning: ") == warned
 
 
 def test_a_folder_that_can_not_be_written(refuse, tmp_path):

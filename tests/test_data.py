@@ -4,8 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,10 @@ import pytest
 from data import (
     TASKS,
     Example,
+    Task,
+    Tokenizer,
     UserError,
+    check_labels,
     data_files,
     format_answer,
     get_task,
@@ -24,6 +29,7 @@ from data import (
     lock,
     parse_completion,
     sha256,
+    unknown_characters,
     write_json,
     write_jsonl,
     write_text,
@@ -86,12 +92,14 @@ def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path, monkeypatch, 
     with pytest.raises(UserError, match="--out .*File exists"):
         lock(path / "below")
 
-    def no_locks(*_) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+    for code in (errno.ENOLCK, errno.EINVAL, errno.EIO):
 
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with lock(path), lock(path):
-        assert capsys.readouterr().err.count("warning: ") == 2
+        def no_locks(*_, code=code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("fcntl.flock", no_locks)
+        with lock(path), lock(path):
+            assert capsys.readouterr().err.count("warning: ") == 2
 
 
 def test_sha256_of_bytes_and_of_a_file(tmp_path: Path) -> None:
@@ -520,13 +528,108 @@ def test_answers_are_written_as_they_are_read(closed: str) -> None:
 def test_hostile_completions_are_quick() -> None:
     start = time.process_time()
     for junk in ("(", " ", "\n", "\n ", ". ", "(1+", "The answer is (", "So the answer is (a) ",
-                 "Answer: neutral or ", "Q: ", "\0", "and (", "((1) and "):  # fmt: skip
+                 "Answer: neutral or ", "Q: ", "\0", "and (", "((1) and ", "\n- ",
+                 "*", "\n>", "1,", "$1 x ", "a b ", "=", '"a" '):  # fmt: skip
         for name in ("svamp", "cqa", "esnli", "anli1"):
             parse_completion(name, junk * 1_000)
             parse_completion(name, TASKS[name].marker + junk * 1_000)
     assert time.process_time() - start < 4
 
 
-def test_text_is_right_when_equal_after_strip() -> None:
-    assert is_correct("cqa", " math problem\n", "math problem")
+@pytest.mark.parametrize("completion", [
+    "Rain falls.\n\n__So the answer is yes.__ Sure, no doubt",
+    "Rain falls.\n***So the answer is***: yes",
+    "Rain falls.\n\n## So the answer is: `yes`", "Rain falls. “So the answer is yes”",
+    "Rain falls.\n> So the *answer* is\n>\n> - yes",
+    "Rain falls.\n\n---\n\n* _So the answer is_ 'yes'.",
+])  # fmt: skip
+def test_marks_belong_to_neither_rationale_nor_label(completion: str, closed: str) -> None:
+    free = replace(get_task(closed), labels=None)
+    assert parse_completion(closed, completion) == ("Rain falls.", "yes")
+    assert parse_completion(free, completion.split(" Sure")[0]) == ("Rain falls.", "yes")
+    cqa = completion.split(" Sure")[0].replace("yes", "(b) yes")
+    assert parse_completion("cqa", cqa) == ("Rain falls.", "yes")
+
+
+def test_marks_within_a_label_stay(closed: str) -> None:
+    free = replace(get_task(closed), labels=None)
+    for label in ('"yes" or "no"', "snake_case", "6 * 7", "'tis", "the dogs'", "*a* and *b*"):
+        assert parse_completion(free, f"r So the answer is {label}.") == ("r", label)
+    stars = replace(get_task(closed), labels=("*", "**", "***"))
+    assert parse_completion(stars, "r So the answer is **.") == ("r", "**")
+
+
+WHOLE = {
+    "(7 - 2) * (3 + 1) / 2": "(7 - 2) * (3 + 1) / 2", "$2,450.50": "2450.50", "-3": "-3",
+    "7 - 2 = 5 apples": "5", "**12** red pens": "12", "8 x $3 = $24": "24", "6÷2": "3",
+    "12 km/h. That is 3 times more": "12", "`(5 + 1) * 2`": "12", "$7$": "7", "35%": "35",
+}  # fmt: skip
+PARTS = ["7 or 8", "7 - y", "2(3 + 4)", "7^2", "7**2", "2 ** -1", "7 = 8", "(1 + 2) and (3)",
+         "2 million", "4 + 3 less two", "9x", "1,23", "7 1/2", "50 * 20%", "(7", "7\n+ 2",
+         "3 dozen", "7, 8", "about 7", "7 (not 8)", "3 *-4* -5 y"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*WHOLE, *PARTS])
+def test_an_expression_counts_whole_or_not_at_all(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "train.jsonl", example(1, "1"))
+    write(tmp_path / "task.json", {"scorer": "arithmetic", "marker": "Result:"})
+    for task, marker in ((tmp_path, "Result:"), ("svamp", "The answer is")):
+        parsed = parse_completion(str(task), f"r {marker} {text}.", released=False)
+        assert (parsed is not None) == (text in WHOLE), parsed
+        assert not parsed or (parsed[0] == "r" and is_correct("svamp", parsed[1], WHOLE[text]))
+    assert parse_completion("svamp", "The answer is (7 - 2) * (3).") == ("", "(7 - 2) * (3)")
+    assert parse_completion("svamp", "The answer is (7 - 2) * 3.") == ("", "(7 - 2)"), "released"
+
+
+ROWS = [example(i, "yes" if i % 2 else "né") for i in range(4)]
+FORMS = {
+    "JSON array": json.dumps(ROWS, indent=1).encode(),
+    "UTF-16": "".join(json.dumps(row) + "\n" for row in ROWS).encode("utf-16"),
+    "LATIN1": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode("latin-1"),
+    "CSV": ("id,input,label\n" + "".join(f"{r['id']},{r['input']},né\n" for r in ROWS)).encode(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_of_another_form_is_named_and_the_command_converts_it(tmp_path, form) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(FORMS[form])
+    message = error_of(tmp_path)
+    assert form in message and '"id"' in message
+    command = message.split("`")[1].replace("> new", f"> {tmp_path / 'new'}")
+    subprocess.run(command, shell=True, check=True)
+    os.replace(tmp_path / "new", path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # passed over
+    read = [e for split in ("train", "valid") for e in load_dataset(str(tmp_path), split)]
+    assert {e.input for e in read} == {row["input"] for row in ROWS}
+
+
+def test_an_error_shows_the_keys_that_a_task_reads(tmp_path: Path) -> None:
+    read = lambda r: (None, r["body"].strip(), ("bad", "good")[r["stars"]])  # noqa: E731
+    task = Task("films", None, "text", "So", "films", read=read)
+    for record, parts in (({"stars": 1}, ["no 'body'"]), ({"body": 3, "stars": 1}, ["body int"]),
+                          ({"body": "b", "stars": "1"}, ["stars str"])):  # fmt: skip
+        write(tmp_path / "films/test.jsonl", record)
+        with pytest.raises(UserError) as error:
+            load_dataset(task, "test", tmp_path)
+        assert all(p in str(error.value) for p in [*parts, '{"body": "...", "stars": "..."}'])
+
+
+def test_labels_through_the_vocabulary(tokenizer: Tokenizer) -> None:
+    task = replace(TASKS["demo"], labels=None)
+    check = lambda *labels, t=task: check_labels(t, tokenizer, [*labels, None], [])  # noqa: E731
+    assert check("a man", "on a ladder") == []
+    assert "'①'" in " ".join(check("①")) and "characters: ①" in " ".join(check("①", "a"))
+    assert "'a\\nman'" in " ".join(check("a\nman", t=replace(task, labels=("a\nman", "a"))))
+    assert "'A', 'a'" in " ".join(check("a", "A", "on"))
+    for labels in (("の", "a"), ("a  man", "a man"), ("a", "a</s>")):
+        with pytest.raises(UserError, match="come back changed"):
+            check(t=replace(task, labels=labels))
+    choices = ["q\nAnswer Choices:\n(a) ½ man\n(b) on"]
+    assert "½" in check_labels(TASKS["cqa"], tokenizer, ["on"], choices)[0]
+    assert unknown_characters(["a の の 犬", ("犬 犬", "b")], tokenizer)[:2] == ["犬", "の"]
+
+
+def test_text_is_right_when_equal_but_for_whitespace() -> None:
+    assert is_correct("cqa", " math  problem\n", "math\nproblem")
     assert not is_correct("cqa", "Math problem", "math problem")

@@ -134,7 +134,7 @@ def test_killed_and_resumed_gives_the_same_bits(small_task, tmp_path, parallel):
     wait_for_step(cut, dice.randrange(4, 6), process)
     time.sleep(dice.random() / 4)
     os.kill(last_worker(process), signal.SIGKILL)
-    assert process.wait(timeout=120) == 1, "the others leave too"
+    assert process.wait(timeout=120) == 1, "the others exit too"
     process.stdout.close()
     process = start(*words, processes=2)
     wait_for_step(cut, 8, process)
@@ -183,13 +183,13 @@ evaluation.MAX_TOKENS = 40  # a batch for each example
 status = train.main()
 with open(note + os.environ["RANK"], "w") as file:
     file.write(str(status))
-evaluation.leave(status)
+evaluation.exit_process(status)
 """
 
 
 @pytest.mark.parametrize("where, step", [("training", 3), ("evaluation", 4)])
 def test_ranks_agree_on_the_step_they_stop_at(small_task, tmp_path, where, step):
-    """SIGTERM to one of two ranks: both leave with 143, and what was done is saved."""
+    """SIGTERM to one of two ranks: both exit with 143, and what was done is saved."""
     script, out = tmp_path / "main.py", tmp_path / "run"
     script.write_text(SIGNALLED)
     said = run(script, tmp_path / "left", where, "--dataset", small_task, "--out", out, *QUICK,

@@ -114,8 +114,8 @@ def test_the_loss_of_three_tasks(model):
     logits = model(source, mask, shift_right(labels))
     losses = multitask_loss(logits, labels, tasks, counts, lam=0.3)
     for task in range(3):
-        mine = logits[tasks == task].flatten(0, 1), labels[tasks == task].flatten()
-        alone = torch.nn.functional.cross_entropy(*mine, ignore_index=-100)
+        own = logits[tasks == task].flatten(0, 1), labels[tasks == task].flatten()
+        alone = torch.nn.functional.cross_entropy(*own, ignore_index=-100)
         assert torch.allclose(losses.each[task], alone)
     assert torch.allclose(losses.total, losses.each @ torch.tensor([1, 0.3, 0.3]))
     with torch.autocast("cpu", torch.bfloat16):

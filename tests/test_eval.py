@@ -153,6 +153,22 @@ def test_predict_reads_json_lines_and_plain_text(ask, students, tmp_path):
     assert ask(student, "--predict", "-", stdin="").out == ""
 
 
+def test_a_byte_order_mark_is_passed_over_and_other_forms_are_named(ask, students, tmp_path):
+    student, path = students / "standard" / "best", tmp_path / "in.jsonl"
+    line = '{"id": "q7", "input": "What is the colour of sky?"}\n'
+    path.write_text(line, encoding="utf-8-sig")
+    for words in (dict(), dict(stdin="\ufeff" + line)):
+        done = ask(student, "--predict", "-" if words else path, **words)
+        assert [row["id"] for row in jsonl_of(done.out)] == ["q7"]
+    for content, name in ((f"[{line}]".encode(), "JSON array"), (line.encode("utf-16"), "UTF-16"),
+                          (b"Le caf\xe9?\n", "latin-1")):  # fmt: skip
+        path.write_bytes(content)
+        error = ask(student, "--predict", path, check=2).err
+        assert name in error and error.count("\n") == 1
+    path.write_text("[1] a note, with a comma\n[2] another\n")
+    assert len(jsonl_of(ask(student, "--predict", path).out)) == 2
+
+
 @pytest.mark.parametrize("line, reason", [
     ('{"id": "a"}', "'input'"), ('{"input": 3}', "input 3 is neither"), ("nonsense", "Expecting"),
 ])  # fmt: skip

@@ -181,7 +181,7 @@ def fail(*_):
         raise {error}
     dist.barrier()
 train.train = fail
-evaluation.leave(train.main())
+evaluation.exit_process(train.main())
 """
 
 

@@ -52,7 +52,7 @@ def test_a_run_with_data_is_counted_from_them(tmp_path):
     said = run("train.py", "--plan", *flags).stdout
     assert not (tmp_path / "r").exists()
     for words in ("952,064 parameters", "peak", "fits a 40 GB card", "rows cut",
-                  "FLOPs a step", "40% of an A100's 312 TFLOP/s", "leaves out",
+                  "FLOPs a step", "40% of an A100's 312 TFLOP/s", "not counted",
                   "200 GB/s", "expandable_segments"):  # fmt: skip
         assert words in said
     assert "error: --gpus 0" in run("train.py", "--plan", "--gpus", 0, check=2).stderr

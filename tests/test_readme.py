@@ -94,13 +94,12 @@ def test_the_fork_of_the_architecture(small_task, fork):
 
 def test_the_fork_of_the_task(tmp_path, fork):
     for name, n in (("train", 30), ("test", 5)):
-        rows = [{"id": f"{name}{i}", "passage": "Water is wet.", "question": f"Is it, {i}?",
-                 "answer": "yes" if i % 2 else "no"} for i in range(n)]  # fmt: skip
+        rows = [{"question": f"is it, {i}", "title": "Water", "answer": i % 2 > 0,
+                 "passage": "Water is wet."} for i in range(n)]  # fmt: skip
         write_jsonl(tmp_path / "boolq" / f"boolq_{name}.jsonl", rows)
     out = fork(SNIPPETS[1], "--dataset", "boolq", "--method", "standard", "--data-root", tmp_path)
-    assert [row["id"] for row in read_jsonl(out / "predictions.jsonl")] == [
-        f"test{i}" for i in range(5)
-    ]
+    rows = read_jsonl(out / "predictions.jsonl")
+    assert [row["id"] for row in rows] == [f"boolq-test-{i}" for i in range(5)]
 
 
 def test_the_fork_with_a_third_task(small_task, fork):

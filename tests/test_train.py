@@ -31,6 +31,7 @@ from conftest import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import eval as evaluation
 import train
 from data import load_dataset
 from t5 import T5, T5Config
@@ -235,6 +236,33 @@ def test_resume_restores_a_best_that_a_crash_left_behind(whole, small_task, begi
     assert same_runs(whole, out) and not (out / "best.old").exists()
 
 
+def test_best_is_the_best_so_far(small_task, begin, call, tmp_path, monkeypatch):
+    """A worse student does not replace it. One that is newer than the state does not count: the
+    resumed run evaluates that step again, here with another outcome."""
+    accuracies = iter([0.5, 0.4, 0.6, 0.4, 0.3, 0.0, 0.0])
+    plainly = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: (
+        {**plainly(*a, **k)[0], "accuracy": next(accuracies)}, []))  # fmt: skip
+    about = lambda: json.loads((tmp_path / "best" / "dsbs.json").read_text())  # noqa: E731
+    words = ["--dataset", small_task, "--out", tmp_path, *QUICK]
+    begin(9, *words)  # evaluations of steps 4 and 8
+    assert (about()["step"], about()["valid_accuracy"]) == (4, 0.5)
+    begin(3, *words, "--resume")  # step 8 again: 0.6
+    assert (about()["step"], about()["valid_accuracy"]) == (8, 0.6)
+    shutil.rmtree(max((tmp_path / "state").iterdir()))  # its state is lost
+    call(train.main, *words, "--resume")
+    assert (about()["step"], about()["valid_accuracy"]) == (4, 0.4)
+
+
+def test_each_step_draws_other_dropout_masks(small_task, call, tmp_path):
+    """With one example in each step and no learning, only dropout changes the loss."""
+    for dropout, expected in (("0.1", 3), ("0", 1)):
+        out = tmp_path / dropout
+        call(train.main, "--dataset", small_task, *QUICK, "--batch-size", 1, "--lr", 1e-30,
+             "--fraction", 0.01, "--steps", 3, "--dropout", dropout, "--out", out)  # fmt: skip
+        assert len({round(row["loss"], 4) for row in read_steps(out)}) == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves(whole, small_task, begin, call, tmp_path, number):
     """Torchrun passes a terminal's Ctrl-C on, so it comes twice."""
@@ -276,7 +304,7 @@ def test_a_full_disk_ends_with_an_error_and_the_last_good_state(
         error = call(train.main, *base, "--resume", check=1).err
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert "the last saved state is kept" in error and "Traceback" not in error
+    assert "--resume" in error and "Traceback" not in error
     assert saved_state(tmp_path) == before
     call(train.main, *base, "--resume")
     assert same_runs(whole, tmp_path)
