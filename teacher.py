@@ -19,12 +19,18 @@ A prompt file is plain text: comments (#) and an instruction at the top, then de
 an input after "Q: " and its rationale and answer after "A: ", with blank lines between them.
 """
 
+import sys
+
+if sys.platform == "win32" or sys.version_info < (3, 10):
+    sys.exit("error: this program needs Linux or macOS and Python 3.10 or newer")
+
 import argparse
 import contextlib
 import email.utils
 import http.client
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -32,7 +38,6 @@ import shlex
 import signal
 import socket
 import ssl
-import sys
 import time
 import urllib.parse
 import urllib.request
@@ -303,11 +308,12 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
     value = read_body(reply.text)
     if not 200 <= reply.status < 300:
         return *judge_status(reply.status, value, reply), {}
+    value = value if isinstance(value, dict) else {}
     fields, choice = read_choice(value)
-    fields["usage"] = read_usage(value, fields, body, reply)
-    error = value.get("error") if isinstance(value, dict) else None
+    fields["usage"] = read_usage(value.get("usage"), fields, body, reply)
+    error = value.get("error")
     if choice is None and error:  # some gateways send their errors with status 200
-        code = error.get("code") if isinstance(error, dict) else None
+        code = error_object(value).get("code")
         code = code if isinstance(code, int) and code > 299 else 500
         return *judge_status(code, value, reply), fields
     if choice is None:
@@ -319,7 +325,7 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
     if error or reply.broken or ending == "unknown":
         return "again", f"{words}; {said(error or reply.broken)}", fields
     if fields["refusal"] or ending == "filtered":
-        return "failed", f"{words}; {fields['refusal']}", fields
+        return "failed", f"{words}; {said(fields['refusal'])}", fields
     if ending == "whole" and not (fields["completion"] + fields["reasoning"]).strip():
         return "again", "an answer without content", fields
     return "answer", "", fields
@@ -354,14 +360,15 @@ def read_body(text: str) -> Any:
     if not lines:
         return read_json(text)
     message, joined = defaultdict(str), {}
-    choice = {"message": message, "finish_reason": "[DONE]" not in lines and "no end of a stream"}
+    end = None if "[DONE]" in lines else "a stream without an end"
+    choice = {"message": message, "finish_reason": end}
     for event in map(read_json, lines):
         event = event if isinstance(event, dict) else {}
         joined |= {key: event[key] for key in ("usage", "error") if event.get(key)}
-        _, part = read_choice(event, "delta")
-        for key, piece in (part or {"message": {}})["message"].items():
+        part = read_choice(event, "delta")[1] or {"message": {}}
+        for key, piece in part["message"].items():
             message[key] += flat(piece)
-        choice |= {k: part[k] for k in ("finish_reason", "error") if part and part.get(k)}
+        choice |= {key: part[key] for key in ("finish_reason", "error") if part.get(key)}
     return joined | ({"choices": [choice]} if message else {})
 
 
@@ -391,11 +398,10 @@ def flat(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def read_usage(value: Any, fields: dict, body: dict, reply: Reply) -> dict:
+def read_usage(usage: Any, fields: dict, body: dict, reply: Reply) -> dict:
     """The numbers of `usage`; without a total, four characters a token."""
-    usage = value.get("usage") if isinstance(value, dict) else None
-    usage = usage.items() if isinstance(usage, dict) else ()
-    usage = {key: number for key, number in usage if isinstance(number, int)}
+    usage = usage if isinstance(usage, dict) else {}
+    usage = {key: number for key, number in usage.items() if isinstance(number, int)}
     if "total_tokens" in usage:
         return usage
     asked = body.get("prompt") or "".join(turn["content"] for turn in body["messages"])
@@ -482,10 +488,10 @@ class Client:
         self.place = f" ({self.url}{f' through the proxy {proxy}' if proxy else ''})"
         self.opener = urllib.request.build_opener(Plain, urllib.request.ProxyHandler(proxies))
         self.asked = {"model": args.model, "prompt_sha256": prompt.sha256}
-        self.settings = {
-            name: getattr(args, name) for name in ("api", "temperature", "seed", "body")
-        }
-        self.ever, self.tokens = facts["answered"], facts["cost"].get("total_tokens", 0)
+        kept = ("api", "temperature", "seed", "body")
+        self.settings = {name: getattr(args, name) for name in kept}
+        self.ever = facts["settings"] is not None  # whether the log holds answers
+        self.tokens = facts["cost"].get("total_tokens", 0)
         self.answered = self.failed = self.unreadable = 0
         self.heard = False  # whether any reply came
         self.row: list[str] = []  # the failures since the last answer
@@ -541,11 +547,8 @@ class Client:
                 stack.callback(signal.signal, number, signal.signal(number, self.note))
             while self.flying or ((jobs or self.waiting) and not self.reason):
                 while job := self.next_job(jobs):
-                    job.sent, job.answered, body = (
-                        time.monotonic(),
-                        self.answered,
-                        self.request(job),
-                    )
+                    body = self.request(job)
+                    job.sent, job.answered = time.monotonic(), self.answered
                     self.flying[pool.submit(self.post, body)] = job, body
                 for future in wait(self.flying, 0.02, FIRST_COMPLETED).done:
                     self.take(*self.flying.pop(future), future.result())
@@ -572,7 +575,7 @@ class Client:
         job = next((job for job in self.waiting if job.ready <= now), None)
         if not job and (not jobs or busy >= self.args.concurrency):
             return None
-        if self.tokens >= (self.args.max_tokens_total or float("inf")):
+        if self.tokens >= (self.args.max_tokens_total or math.inf):
             return self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
         return self.waiting.pop(self.waiting.index(job)) if job else jobs.popleft()
 
@@ -686,9 +689,8 @@ def check_url(url: str) -> str:
     url, form = url.strip(), "like http://localhost:8000/v1, without a password or a query in it"
     if "api-version=" in url:
         form = "https://NAME.openai.azure.com/openai/v1/ on Azure, without ?api-version="
-    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[!-~]*)?", url) or set(
-        "@?#"
-    ) & set(url):
+    path = r"(/(?:(?![@?#])[!-~])*)?"
+    if not re.fullmatch(rf"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{{1,5}})?{path}", url, re.ASCII):
         raise UserError(f"--base-url must be {form}; a key comes from OPENAI_API_KEY")
     return url.rstrip("/")
 
@@ -769,7 +771,7 @@ def check(args: argparse.Namespace) -> None:
     lowest |= dict.fromkeys(("samples", "max_tokens", "max_tokens_total", "concurrency"), 1)
     for name, least in lowest.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < float("inf"):
+        if value is not None and not least <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     args.retry = set(filter(None, args.retry.split(",")))
     if wrong := args.retry - {"truncated", "failed", "unparsed"}:
@@ -814,7 +816,7 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
                 some[record["sample"]], asked = answer, record
             some.setdefault(record["sample"], answer)
     facts = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
-    facts |= {"answered": bool(asked), "unknown_endings": dict(+endings), "cost": dict(cost)}
+    facts |= {"unknown_endings": dict(+endings), "cost": dict(cost)}
     return answers, facts | {"first": first, "last": last}
 
 
@@ -824,7 +826,7 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
     with data.lock(path) as file:
         answers, facts = read_answers(path, args.dataset, examples)
         client = Client(args, prompt, file, facts)
-        if facts["answered"]:
+        if client.ever:
             before, now = {"body": {}, **facts, **facts["settings"]}, client.asked | client.settings
             for asked in (before, now):  # --max-tokens may differ: cut answers are asked for again
                 asked["body"] = {k: v for k, v in asked["body"].items() if k not in LIMITS}
