@@ -142,7 +142,9 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
         prompt = replace(prompt, instruction=f"{prompt.instruction}{asked}this form: {form}")
     elif n < (shots or 1):
         wanted = "one or more" if shots is None else shots
-        raise UserError(f"{path} holds {n} demonstrations, not {wanted}; use --shots 0 to {n}")
+        raise UserError(
+            f"--shots {wanted}: {path} holds {n} demonstrations, allowed: --shots 0 to {n}"
+        )
     return replace(prompt, shots=prompt.shots[:shots])
 
 
@@ -168,7 +170,8 @@ def _parse_prompt(task: Task, path: Path, form: str) -> Prompt:
         rationale, label = parse_completion(task, answer, released=False) or ("", "")
         allowed = not_allowed(task, question, label) if label else ""
         if allowed or not question or not rationale:
-            line = text.count("\n", 0, block.start()) + 1 + whole * (parts + [""])[1].count("\n")
+            line = text.count("\n", 0, block.start()) + 1
+            line += parts[1].count("\n") if whole else 0  # the answer's
             raise UserError(
                 f"{path}:{line}: {(answer or block[0])[-60:]!r} is no part of a demonstration: 'Q: "
                 f"' and an input, then 'A: ' and a rationale ending in {form!r}, then a blank line"
@@ -336,13 +339,14 @@ def judge_status(status: int, value: Any, reply: Reply) -> tuple[str, str]:
     if status == 0:
         never = ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError
         cause = getattr(reply.broken, "reason", reply.broken)  # of an URLError
-        return "unreachable" if isinstance(cause, never) else "again", said(reply.broken)
+        return "unreachable" if isinstance(
+            cause, never
+        ) else "again", f"cannot reach it: {said(cause)}"
     code = str(error_object(value).get("code")).lower()
     what = STATUSES.get(status) or ("again" if status > 499 else "refused")
-    words = f"HTTP {status}: {said(reply.text if value is None else value)}"
+    words = f"HTTP {status}: {said(reply.text if value is None else value) or 'no words'}"
     if status < 400:
-        what, place = "stop", reply.headers.get("Location")
-        words += f" It redirects to {place}: give that as --base-url"
+        what, words = "stop", f"{words}; it redirects to {reply.headers.get('Location')}"
     return CODES.get(code, what), words
 
 
@@ -797,7 +801,8 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
     """(answers, facts) of a log; a later line for the same example and sample replaces an earlier
     one, but a failure replaces nothing. facts: how they were asked for, what all the lines cost."""
     inputs = {example.id: input_sha256(example) for example in examples}
-    answers, cost, endings, asked = {}, Counter(), Counter(), {}
+    answers, endings, asked = {}, Counter(), {}
+    cost = Counter(dict.fromkeys((*TOKENS, "retries", "request_seconds"), 0))
     task, first, last = get_task(name), None, None
     for number, record in read_log(path):
         id, finish = record["id"], record.get("finish_reason")
