@@ -32,6 +32,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import shlex
@@ -44,7 +45,7 @@ import urllib.request
 import zlib
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -544,7 +545,7 @@ class Client:
     def run(self, jobs: deque[Job], bar: tqdm) -> str:
         """Asks until the jobs are done or something stops it; returns why, if something did.
         Ctrl-C and SIGTERM finish what is in flight."""
-        self.bar = bar
+        self.bar, done = bar, queue.SimpleQueue()
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(self.args.concurrency))
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -553,11 +554,12 @@ class Client:
                 while job := self.next_job(jobs):
                     body = self.request(job)
                     job.sent, job.answered = time.monotonic(), self.answered
-                    self.flying[pool.submit(self.post, body)] = job, body
-                for future in wait(self.flying, 0.02, FIRST_COMPLETED).done:
+                    future = pool.submit(self.post, body)
+                    self.flying[future] = job, body
+                    future.add_done_callback(done.put)
+                with contextlib.suppress(queue.Empty):  # soon enough to see a signal or a job
+                    future = done.get(timeout=0.02)
                     self.take(*self.flying.pop(future), future.result())
-                if not self.flying:
-                    time.sleep(0.02)
         if self.fatal:
             raise UserError(self.reason)
         return self.reason
