@@ -82,6 +82,7 @@ CODES = {"insufficient_quota": "stop", "content_filter": "failed"}  # `error.cod
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # keys of a message
 INPUTS = ("model", "messages", "prompt")  # keys of a request that stay
 TOKENS = ("total_tokens", "prompt_tokens", "completion_tokens")
+LABELS = ("labels_outside_the_set", "labels_without_rationale")
 LIMITS = ("max_tokens", "max_completion_tokens")  # a log may hold answers with several of these
 
 
@@ -288,8 +289,7 @@ def derive(name: str, examples: list[Example], answers: Answers, keep: str) -> t
     states = Counter(answer.state for some in answers.values() for answer in some.values())
     report = {"settled": states.total(), "answered": states.total() - states["failed"]}
     report |= {state: states[state] for state in ("failed", "truncated", "unparsed")}
-    counts = ("labels_outside_the_set", "labels_without_rationale", "correct", "scored")
-    report |= {count: n[count] for count in counts}
+    report |= {count: n[count] for count in (*LABELS, "correct", "scored")}
     report["label_counts"] = dict(labels.most_common(20))
     report["accuracy"] = n["correct"] / n["scored"] if n["scored"] else None
     return rows, report | {"kept": len(rows), "keep": keep}
@@ -353,10 +353,8 @@ def judge_status(status: int, value: Any, reply: Reply) -> tuple[str, str]:
 
 def read_json(text: str) -> Any:
     """The value of a JSON text; None for any other."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def read_body(text: str) -> Any:
@@ -864,11 +862,9 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
 def show(report: dict) -> None:
     """The report, in a few lines."""
     r, cost = report, report.get("cost", {})
-    states = ("failed", "truncated", "unparsed")
-    shares = [f"{state} {r[state]:,} ({r[state] / max(1, r['settled']):.2%})" for state in states]
-    labels = ("labels_outside_the_set", "labels_without_rationale")
-    shares += [f"{count.replace('_', ' ')} {r[count]:,}" for count in labels]
-    print(f"answered {r['answered']:,}, of {r['examples']:,} examples; {', '.join(shares)}")
+    counts = ("failed", "truncated", "unparsed", *LABELS)
+    parts = [f"{key.replace('_', ' ')} {r[key]:,}" for key in counts]
+    print(f"answered {r['answered']:,}, of {r['examples']:,} examples; {', '.join(parts)}")
     if cost:
         parts = [f"{cost[key]:,} {key.replace('_', ' ')}" for key in (*TOKENS, "retries")]
         print(f"cost {', '.join(parts)}")
