@@ -2,16 +2,21 @@
 
     python teacher.py --dataset svamp --split train --model NAME --base-url URL
 
-Any server that speaks OpenAI's HTTP API will do. This file owns prompts, the client, the raw log
-and the report; it knows nothing of torch or training. What flows:
+This file owns prompts, the client for servers that speak OpenAI's HTTP API, the raw log and the
+report. It knows nothing of torch or training. The data flow:
 
     prompt + example -> request -> NAME.raw.jsonl (append-only, paid for once)
                                    -> NAME.jsonl (examples with answers) and NAME.report.json
 
-The last two are derived from the log, offline and again whenever wanted (--parse-only).
+The last two are derived from the log, offline and as often as you like (--parse-only).
 
-A prompt file is plain text: comments (#) and an instruction at its top, then demonstrations, each
-an input after "Q: " and its rationale and answer after "A: ", parted by blank lines.
+Servers differ, and the client does not guess what they mean. It has three rules:
+1. A request holds few keys, and --body adds, changes or removes any of them.
+2. The way an answer ended decides what it is (ENDINGS).
+3. Every reply that was paid for is appended to the log before anything parses it.
+
+A prompt file is plain text: comments (#) and an instruction at the top, then demonstrations, each
+an input after "Q: " and its rationale and answer after "A: ", with blank lines between them.
 """
 
 import sys
@@ -22,60 +27,63 @@ if sys.platform == "win32" or sys.version_info < (3, 10):
 import argparse
 import contextlib
 import email.utils
-import errno
-import functools
 import http.client
 import itertools
 import json
+import math
 import os
+import queue
 import random
 import re
 import shlex
 import signal
 import socket
 import ssl
-import threading
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections import Counter, defaultdict, deque, namedtuple
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data import (
-    INVENTED,
-    SPLITS,
-    TASKS,
-    Example,
-    Task,
-    Text,
-    UserError,
-    data_files,
-    evaluate_arithmetic,
-    format_answer,
-    get_task,
-    is_correct,
-    load_dataset,
-    lock,
-    not_allowed,
-    parse_completion,
-    sha256,
-    write_json,
-    write_jsonl,
-)
+import data
+from data import TASKS, Example, Task, Text, UserError, get_task, not_allowed, parse_completion
 
 HERE = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
 STOP = ["\nQ:"]  # completions run on into invented questions
 BACKOFF, LONGEST = 0.5, 60.0  # seconds before the first retry, and at most; doubled in between
 GIVE_UP = 20  # failures in a row, and one more for each worker, that mean the server is the reason
+SAME = 5  # failures with the same words before any answer, which mean the same
+UNREADABLE = 3  # unreadable replies before any answer, after which the run stops
 MAX_BODY = 1 << 26  # bytes
+
+# How an answer ended (`finish_reason`, without case) decides what it is. A filtered answer is a
+# final failure. Every other ending, such as "error", "abort" or a new word, means: ask again.
+ENDINGS = {
+    "whole": "stop eos eos_token end_turn stop_sequence complete",
+    "cut": "length max_tokens max_output_tokens model_length model_context_window_exceeded",
+    "filtered": "content_filter content_filtered safety recitation prohibited_content blocklist "
+    "spii refusal sensitive guardrail_intervened error_toxic",
+}
+ENDING = {"": "whole"} | {word: end for end, words in ENDINGS.items() for word in words.split()}
+
+# What a status means; all others from 500 on: again, from 400 on: refused, from 300 on: stop.
+STATUSES = {401: "denied", 402: "denied", 429: "pause", 501: "refused"}
+STATUSES |= dict.fromkeys((408, 409, 425), "again")
+CODES = {"insufficient_quota": "stop", "content_filter": "failed"}  # `error.code`, before those
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # keys of a message
+INPUTS = ("model", "messages", "prompt")  # keys of a request that stay
+TOKENS = ("total_tokens", "prompt_tokens", "completion_tokens")
+LABELS = ("labels_outside_the_set", "labels_without_rationale")
+LIMITS = ("max_tokens", "max_completion_tokens")  # a log may hold answers with several of these
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -87,7 +95,7 @@ class Prompt:
 
     instruction: str
     shots: tuple[tuple[str, str], ...]
-    names: tuple[str, str] = ("Premise", "Hypothesis")
+    names: tuple[str, ...] = ("Premise", "Hypothesis")
 
     def question(self, input: Text) -> str:
         """An input as the demonstrations write theirs: a pair on two lines with their names."""
@@ -97,22 +105,21 @@ class Prompt:
 
     def text(self, input: Text) -> str:
         """All in one text, for the completions API; what follows it is the answer."""
-        blocks = [self.instruction] * bool(self.instruction)
-        blocks += [f"Q: {question}\nA: {answer}" for question, answer in self.shots]
-        return "\n\n".join([*blocks, f"Q: {self.question(input)}\nA:"])
+        shots = [f"Q: {question}\nA: {answer}" for question, answer in self.shots]
+        return "\n\n".join([self.instruction, *shots, f"Q: {self.question(input)}\nA:"]).strip()
 
     def turns(self, input: Text) -> list[dict]:
-        """Demonstrations as turns of a chat. A small model kept to the form in 39 of 40 answers
-        so, in 17 of 40 given one message (README, A teacher without an account)."""
-        said = [text for shot in self.shots for text in shot] + [self.question(input)]
-        said[0] = f"{self.instruction}\n\n{said[0]}".strip()  # not every model has a system role
+        """The demonstrations as turns of a chat. A small model kept to the form in 39 of 40 answers
+        this way, and in 17 of 40 when it was given one message (README, A teacher)."""
+        texts = [text for shot in self.shots for text in shot] + [self.question(input)]
+        texts[0] = f"{self.instruction}\n\n{texts[0]}".strip()  # not all models have a system role
         roles = itertools.cycle(("user", "assistant"))
-        return [{"role": role, "content": text} for role, text in zip(roles, said)]
+        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
-    @functools.cached_property
+    @property
     def sha256(self) -> str:
         """Of all but the input."""
-        return sha256(self.text("").encode())
+        return data.sha256(self.text("").encode())
 
 
 def read_prompt(name: str, shots: int | None = None) -> Prompt:
@@ -122,171 +129,127 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
     the answer. UserError with file and line where the form is broken.
     """
     task = get_task(name)
-    where = HERE / "prompts" / f"{'svamp' if name == 'asdiv' else name}.txt"
-    path = where if name in TASKS else Path(task.folder, "prompt.txt")
+    bundled = HERE / "prompts" / f"{'svamp' if name == 'asdiv' else name}.txt"
+    path = bundled if name in TASKS else Path(task.folder, "prompt.txt")
     placeholder = "84 / 2" if task.scorer == "arithmetic" else (task.labels or ("LABEL",))[0]
-    answer = format_answer(task, "", "(a) CHOICE" if task.choices else placeholder)
-    instruction, demonstrations = "Answer the question.", []
-    try:
-        instruction, demonstrations = _parse_prompt(task, path, answer)
-    except FileNotFoundError:
-        if shots != 0:
-            raise UserError(
-                f"{path} does not exist; use --shots 0, or write it, about ten demonstrations in "
-                "this form:\n# a comment, not sent\nAn instruction, if you like.\n\n"
-                f"Q: an input, one or more lines\nA: its rationale. {answer}\n\nQ: the next ..."
-            ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}; a prompt is a text file in UTF-8") from None
+    form = data.format_answer(task, "", "(a) CHOICE" if task.choices else placeholder)
+    prompt = Prompt("Answer the question.", ())
+    if path.exists() or shots != 0:
+        prompt = _parse_prompt(task, path, form)
+    n = len(prompt.shots)
     if shots == 0:
         labels = f" The answer is one of: {', '.join(task.labels)}." if task.labels else ""
-        form = format_answer(task, "", "LABEL") if task.labels else answer
-        instruction += f"{labels} Think step by step, then end in this form: {form}"
-    elif not demonstrations:
-        raise UserError(f"{path} holds no demonstration; it needs some, or use --shots 0")
-    if (shots or 0) > len(demonstrations):
-        raise UserError(f"--shots {shots}: {path} holds {len(demonstrations)}, allowed 0 to that")
-    names = re.fullmatch(r"(\w+): .*\n(\w+): .*", demonstrations[0][0] if demonstrations else "")
-    return Prompt(instruction, tuple(demonstrations[:shots]), *([names.groups()] if names else []))
-
-
-def _parse_prompt(task: Task, path: Path, form: str) -> tuple[str, list[tuple[str, str]]]:
-    """(instruction, demonstrations) of a file whose blocks are parted by blank lines."""
-    text, instruction, demonstrations = path.read_text("utf-8-sig"), "", []
-
-    def fail(number: int, reason: str) -> None:
+        form = data.format_answer(task, "", "LABEL") if task.labels else form
+        asked = f" Write the explanation in your answer.{labels} Think step by step, then end in "
+        prompt = replace(prompt, instruction=f"{prompt.instruction}{asked}this form: {form}")
+    elif n < (shots or 1):
+        wanted = "one or more" if shots is None else shots
         raise UserError(
-            f"{path}:{number}: {reason}; a demonstration is 'Q: ' and an input, then "
-            f"'A: ' and a rationale ending in {form!r}, then a blank line"
+            f"--shots {wanted}: {path} holds {n} demonstrations, allowed: --shots 0 to {n}"
         )
+    return replace(prompt, shots=prompt.shots[:shots])
 
+
+def _parse_prompt(task: Task, path: Path, form: str) -> Prompt:
+    """Reads a file whose blocks have blank lines between them."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: {error}; use --shots 0, or write it in UTF-8, about ten demonstrations in "
+            "this form:\n# a comment, not sent\nAn instruction, if you like.\n\n"
+            f"Q: an input, one or more lines\nA: its rationale. {form}\n\nQ: the next ..."
+        ) from None
+    instruction, shots = "", []
     for block in re.finditer(r"(?:.*\S.*\n?)+", text):
-        number = text.count("\n", 0, block.start()) + 1
         start, *parts = re.split(r"^([QA]):", block[0], flags=re.MULTILINE)
-        if not demonstrations:
-            start = re.sub(r"^#.*\n?", "", start, flags=re.MULTILINE)
-        if not parts and not demonstrations:
+        start = start if shots else re.sub(r"^#.*\n?", "", start, flags=re.MULTILINE)
+        if not parts and not shots:
             instruction = f"{instruction}\n{start.strip()}".strip()
             continue
-        if start or parts[::2] != ["Q", "A"]:
-            fail(number, f"{(start or block[0])[:60]!r} is not one Q and one A")
-        question, answer = parts[1].strip(), parts[3].strip()
-        rationale, label = parse_completion(task, answer) or ("", "")
-        number += parts[1].count("\n")
-        if not question or not rationale:
-            fail(number, f"no input before it, or {answer[-60:]!r} is no rationale with an answer")
-        if allowed := not_allowed(task, question, label):
-            fail(number, f"label {label!r} is not {allowed}")
-        demonstrations.append((question, answer))
-    return instruction, demonstrations
+        whole = not start and parts[::2] == ["Q", "A"]
+        question, answer = (parts[1].strip(), parts[3].strip()) if whole else ("", "")
+        rationale, label = parse_completion(task, answer, released=False) or ("", "")
+        allowed = not_allowed(task, question, label) if label else ""
+        if allowed or not question or not rationale:
+            line = text.count("\n", 0, block.start()) + 1
+            line += parts[1].count("\n") if whole else 0  # the answer's
+            raise UserError(
+                f"{path}:{line}: {(answer or block[0])[-60:]!r} is no part of a demonstration: 'Q: "
+                f"' and an input, then 'A: ' and a rationale ending in {form!r}, then a blank line"
+                f"{'; the label must be ' if allowed else ''}{allowed}"
+            )
+        shots.append((question, answer))
+    names = re.fullmatch(r"(\w+): .*\n(\w+): .*", shots[0][0] if shots else "")
+    return Prompt(instruction, tuple(shots), names.groups() if names else Prompt.names)
 
 
 # ---- The raw log ---------------------------------------------------------------------------------
 
-
-class Log:
-    """`NAME.raw.jsonl`: a line for each final answer or refusal. One process at a time appends."""
-
-    def __init__(self, path: Path):
-        self.path, self.guard = path, threading.Lock()
-        self.file = lock(path)  # unbuffered
-        with open(path, "rb") as file:  # a crash may have torn the last line
-            tail = file.seek(0, os.SEEK_END)
-            while tail and not _ends_line(file, tail):
-                tail -= 1
-            file.seek(tail)
-            if torn := file.read():
-                if not torn.startswith(b'{"id": "'[: len(torn)]):
-                    raise UserError(f"{path} is no raw log: it ends in {torn[:60]!r}; give "
-                                    "another --out")  # fmt: skip
-                if _record(torn) is None:
-                    print(f"{path}: a torn last line of {len(torn)} bytes is taken off")
-                    self.file.truncate(tail)
-                else:
-                    self.file.write(b"\n")
-
-    def append(self, record: dict) -> None:
-        """Writes one line with one call, so that no crash of ours leaves half of it."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with self.guard:
-            size = os.fstat(self.file.fileno()).st_size
-            if self.file.write(line) < len(line):  # a full disk takes a part
-                self.file.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_) -> None:
-        os.fsync(self.file.fileno())
-        self.file.close()
+FIELDS = {"id": str, "sample": int, "prompt_sha256": str, "input_sha256": str, "model": str}
+FIELDS |= {"settings": dict, "completion": str | None, "usage": dict | None, "attempts": int}
+FIELDS |= {"seconds": int | float, "time": str}
 
 
-def _ends_line(file, position: int) -> bool:
-    file.seek(position - 1)
-    return file.read(1) == b"\n"
-
-
-FIELDS = {"id": str, "sample": int, "prompt_sha256": str, "input_sha256": str, "model": str,
-          "settings": dict, "completion": str | None, "usage": dict | None, "attempts": int,
-          "seconds": int | float, "time": str}  # fmt: skip
-
-
-def _record(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-        return record if all(isinstance(record[k], kind) for k, kind in FIELDS.items()) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+def append(file: FileIO, record: dict, secret: re.Pattern) -> None:
+    """Writes one line with one call, so that no crash of ours leaves half of it. The log is never
+    rewritten or truncated. It holds no key, and "?" for half a surrogate pair."""
+    line = secret.sub("[key]", json.dumps(record, ensure_ascii=False))
+    raw = f"{line}\n".encode("utf-8", "replace")
+    if file.write(raw) < len(raw):  # a full disk takes a part
+        raise OSError(f"no space left for {file.name}")
 
 
 def read_log(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of each line. A torn last one is passed over; UserError for others."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it is what teacher.py writes to "
-                        "NAME.raw.jsonl, given --out NAME") from None  # fmt: skip
-    with file:
+    """(line number, record) of each line. The start of a line, which a crash left, is skipped;
+    UserError for anything else."""
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if record := _record(line):
+            record = read_json(line.decode("utf-8", "replace"))
+            known = record if isinstance(record, dict) else {}
+            if all(isinstance(known.get(key), kind) for key, kind in FIELDS.items()):
                 yield number, record
-            elif line.endswith(b"\n"):
-                raise UserError(
-                    f"{path}:{number}: not a line of a raw log: {line[:80]!r}; mend "
-                    "or remove it, or give another --out"
-                )
+            elif record is None and line.strip() and b'{"id": "'.startswith(line.strip()[:8]):
+                say(f"{path}:{number}: a torn line of {len(line)} bytes is skipped")
+            else:
+                hint = "correct or remove it, or give another --out"
+                raise UserError(f"{path}:{number}: no line of a raw log: {line[:80]!r}; {hint}")
 
 
 # ---- From a log to training data -----------------------------------------------------------------
 
+OPENING = re.compile(r"[<\[](?:think|thinking|thought)[>\]]", re.IGNORECASE)
+CLOSING = re.compile(r"[<\[]/(?:think|thinking|thought)[>\]]", re.IGNORECASE)
 
-@dataclass(slots=True)
-class Answer:
-    """What a log's line says. state: answered, unparsed, truncated or failed."""
 
-    state: str
-    rationale: str | None = None
-    label: str | None = None
+# What a log's line says. state: answered, unparsed, truncated or failed.
+Answer = namedtuple("Answer", "state rationale label", defaults=(None, None))
+Answers = dict[str, dict[int, Answer]]  # by id and sample
+
+
+def ending_of(finish_reason: object) -> str:
+    """whole, cut, filtered or, for all that the table does not know, unknown."""
+    return ENDING.get(str(finish_reason or "").lower(), "unknown")
 
 
 def read_answer(name: str | Task, record: dict) -> Answer:
-    """Parses a completion. Of a reasoning model's answer the thoughts (<think>, or the log's
-    `reasoning`) count where the answer has no rationale, or nothing, besides."""
-    if record.get("error"):
+    """Parses a completion. A reasoning model's thoughts (<think>, or the log's `reasoning`) are
+    never read for a label. They are the rationale of a whole answer that explains nothing."""
+    ending = ending_of(record.get("finish_reason"))
+    if record.get("error") or ending not in ("whole", "cut"):
         return Answer("failed")
     text, thoughts = record["completion"] or "", record.get("reasoning") or ""
-    before, closed, after = text.rpartition("</think>")  # the opening tag may be the prompt's
-    if closed or text.lstrip().startswith("<think>"):
-        thoughts, text = (before, after) if closed else (text, "")
-        thoughts = thoughts.strip().removeprefix("<think>")
-    text = re.sub(r"^\s*A:", "", text).strip()
-    found = parse_completion(name, text or thoughts)
+    # The answer follows the last closing tag; the first opening tag may be the server's own.
+    if closed := list(CLOSING.finditer(text)):
+        thoughts, text = OPENING.sub("", text[: closed[-1].start()]), text[closed[-1].end() :]
+    text = re.sub(r"^\s*A:", "", OPENING.split(text)[0]).strip()  # and ends where another opens
+    found = parse_completion(name, text, released=False)
     # Cut by length, unless it had long gone on to questions of its own.
-    cut = record.get("finish_reason") == "length" and not INVENTED.search(text)
+    cut = ending == "cut" and not data.INVENTED.search(text)
     if found is None:
-        return Answer("truncated" if cut else "unparsed", text or thoughts.strip())
-    return Answer("truncated" if cut else "answered", found[0] or thoughts.strip(), found[1])
+        return Answer("truncated" if cut else "unparsed", text)
+    rationale = found[0] or ("" if ending == "cut" else thoughts.strip())
+    return Answer("truncated" if cut else "answered", rationale, found[1])
 
 
 def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
@@ -297,451 +260,475 @@ def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
     votes = [a for a in votes if not not_allowed(task, example.input, a.label)] or votes
     if not votes:
         return max(answers, key=lambda a: bool(a.label))
-    exact = evaluate_arithmetic if task.scorer == "arithmetic" else str.strip
+    exact = data.evaluate_arithmetic if task.scorer == "arithmetic" else str.strip
     values = [exact(a.label) for a in votes]
     return votes[values.index(Counter(values).most_common(1)[0][0])]
 
 
-def derive(
-    name: str, examples: Iterable[Example], answers: dict[str, dict[int, Answer]], keep: str
-) -> tuple[list[dict], dict]:
-    """(rows of NAME.jsonl, report) of the answers by example id.
+def derive(name: str, examples: list[Example], answers: Answers, keep: str) -> tuple[list, dict]:
+    """(rows of NAME.jsonl, report) of the answers.
 
     keep: "all" (cut and unparsed ones too, those without a label), "parsed" (whole answers), or
     "correct" (whole and right by the human label). accuracy: right answers among the settled
-    examples (a refusal, an unparsed or a cut answer is wrong), the paper's few-shot CoT.
+    examples (a failure, an unparsed or a cut answer is wrong), the paper's few-shot CoT.
     """
-    task, rows, labels = get_task(name), [], Counter()
-    states = Counter(answer.state for some in answers.values() for answer in some.values())
-    scored = correct = outside = 0
-    for example in examples:
-        if not (some := answers.get(example.id)):
-            continue
+    task, rows, labels, n = get_task(name), [], Counter(), Counter()
+    for example in (example for example in examples if answers.get(example.id)):
+        some = answers[example.id]
         chosen = vote(task, example, [some[sample] for sample in sorted(some)])
-        whole = chosen.state == "answered"
-        right = (
-            whole and example.label is not None
-            and is_correct(task, chosen.label, example.label)
-        )  # fmt: skip
-        scored, correct = scored + (example.label is not None), correct + right
+        whole, human = chosen.state == "answered", example.label
+        right = whole and human is not None and data.is_correct(task, chosen.label, human)
+        n.update(scored=human is not None, correct=right)
         if whole:
             labels[chosen.label] += 1
-            outside += bool(not_allowed(task, example.input, chosen.label))
-        if chosen.state != "failed" and {"all": True, "parsed": whole, "correct": right}[keep]:
-            rows.append(
-                {
-                    "id": example.id,
-                    "input": example.input,
-                    "label": example.label,
-                    "rationale": chosen.rationale,
-                    "teacher_label": chosen.label,
-                }
-            )
-    return rows, {
-        "settled": sum(map(len, answers.values())),
-        "answered": sum(states.values()) - states["failed"],
-        **{state: states[state] for state in ("failed", "truncated", "unparsed")},
-        "labels_outside_the_set": outside,
-        "label_counts": dict(labels.most_common(20)),
-        "accuracy": correct / scored if scored else None,
-        "correct": correct,
-        "scored": scored,
-        "kept": len(rows),
-        "keep": keep,
-    }
+            outside = bool(not_allowed(task, example.input, chosen.label))
+            n.update(labels_outside_the_set=outside, labels_without_rationale=not chosen.rationale)
+        if {"all": chosen.state != "failed", "parsed": whole, "correct": right}[keep]:
+            row = {"id": example.id, "input": example.input, "label": human}
+            rows.append(row | {"rationale": chosen.rationale, "teacher_label": chosen.label})
+    states = Counter(answer.state for some in answers.values() for answer in some.values())
+    report = {"settled": states.total(), "answered": states.total() - states["failed"]}
+    report |= {state: states[state] for state in ("failed", "truncated", "unparsed")}
+    report |= {count: n[count] for count in (*LABELS, "correct", "scored")}
+    report["label_counts"] = dict(labels.most_common(20))
+    report["accuracy"] = n["correct"] / n["scored"] if n["scored"] else None
+    return rows, report | {"kept": len(rows), "keep": keep}
+
+
+# ---- What servers say ----------------------------------------------------------------------------
+
+
+# What came back from one request, without the key. status: 0 where nothing came; headers: a dict;
+# broken: the exception because of which nothing came, or the text ends early.
+Reply = namedtuple("Reply", "status text headers broken")
+
+
+def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
+    """(what a reply means, its words, the log's fields if it was paid for).
+
+    answer; failed: this example, for good; again; pause: again, and all wait; unreadable;
+    refused: the request or the example; denied: all requests; stop: the run; unreachable.
+    """
+    value = read_body(reply.text)
+    if not 200 <= reply.status < 300:
+        return *judge_status(reply.status, value, reply), {}
+    value = value if isinstance(value, dict) else {}
+    fields, choice = read_choice(value)
+    fields["usage"] = read_usage(value.get("usage"), fields, body, reply)
+    error = value.get("error")
+    if choice is None and error:  # some gateways send their errors with status 200
+        code = error_object(value).get("code")
+        code = code if isinstance(code, int) and code > 299 else 500
+        return *judge_status(code, value, reply), fields
+    if choice is None:
+        kind, start = reply.headers.get("Content-Type"), reply.text.strip()[:80]
+        words = f"an answer in no known form ({kind}), which begins with {start!r}"
+        return "again" if reply.broken else "unreadable", words, fields
+    ending, error = ending_of(choice.get("finish_reason")), choice.get("error") or error
+    words = f"an answer that ended in {choice.get('finish_reason')!r}"
+    if error or reply.broken or ending == "unknown":
+        return "again", f"{words}; {said(error or reply.broken)}", fields
+    if fields["refusal"] or ending == "filtered":
+        return "failed", f"{words}; {said(fields['refusal'])}", fields
+    if ending == "whole" and not (fields["completion"] + fields["reasoning"]).strip():
+        return "again", "an answer without content", fields
+    return "answer", "", fields
+
+
+def judge_status(status: int, value: Any, reply: Reply) -> tuple[str, str]:
+    """(what it means, its words) of a reply that is an error."""
+    if status == 0:
+        never = ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError
+        cause = getattr(reply.broken, "reason", reply.broken)  # of an URLError
+        return "unreachable" if isinstance(
+            cause, never
+        ) else "again", f"cannot reach it: {said(cause)}"
+    code = str(error_object(value).get("code")).lower()
+    what = STATUSES.get(status) or ("again" if status > 499 else "refused")
+    words = f"HTTP {status}: {said(reply.text if value is None else value) or 'no words'}"
+    if status < 400:
+        what, words = "stop", f"{words}; it redirects to {reply.headers.get('Location')}"
+    return CODES.get(code, what), words
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text; None for any other."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+
+
+def read_body(text: str) -> Any:
+    """The JSON of a body. The pieces of a stream (`data:` lines) are joined into one answer."""
+    lines = [line[5:].strip() for line in text.split("\n") if line.startswith("data:")]
+    if not lines:
+        return read_json(text)
+    message, joined = defaultdict(str), {}
+    end = None if "[DONE]" in lines else "a stream without an end"
+    choice = {"message": message, "finish_reason": end}
+    for event in map(read_json, lines):
+        event = event if isinstance(event, dict) else {}
+        joined |= {key: event[key] for key in ("usage", "error") if event.get(key)}
+        part = read_choice(event, "delta")[1] or {"message": {}}
+        for key, piece in part["message"].items():
+            message[key] += flat(piece)
+        choice |= {key: part[key] for key in ("finish_reason", "error") if part.get(key)}
+    return joined | ({"choices": [choice]} if message else {})
+
+
+def read_choice(value: Any, key: str = "message") -> tuple[dict, dict | None]:
+    """(fields for the log, the first choice) of a reply; no choice where it is no completion."""
+    fields = {"completion": None, "reasoning": "", "refusal": "", "finish_reason": None}
+    try:
+        choice = value["choices"][0]
+        message = choice.get(key) or {"content": choice.get("text")}  # the completions API's
+        content = message.get("content")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return fields, None
+    parts = [part for part in content if isinstance(part, dict)] if type(content) is list else []
+    thoughts = [message.get(key) for key in THOUGHTS] + [[part.get("thinking") for part in parts]]
+    fields |= {"completion": flat(content), "refusal": flat(message.get("refusal"))}
+    fields["reasoning"] = next(filter(str.strip, map(flat, thoughts)), "")
+    fields["finish_reason"] = choice.get("finish_reason")
+    return fields, choice | {"message": message}
+
+
+def flat(content: Any) -> str:
+    """The text of a message's content, which may be a list of parts, without thoughts."""
+    if isinstance(content, list):
+        return "".join(map(flat, content))
+    if isinstance(content, dict):
+        return flat(content.get("text")) if content.get("type") != "reasoning" else ""
+    return content if isinstance(content, str) else ""
+
+
+def read_usage(usage: Any, fields: dict, body: dict, reply: Reply) -> dict:
+    """The numbers of `usage`; without a total, four characters a token."""
+    usage = usage if isinstance(usage, dict) else {}
+    usage = {key: number for key, number in usage.items() if isinstance(number, int)}
+    if "total_tokens" in usage:
+        return usage
+    asked = body.get("prompt") or "".join(turn["content"] for turn in body["messages"])
+    answer = reply.text if fields["completion"] is None else fields["completion"]
+    return {"total_tokens": len(asked + answer + fields["reasoning"]) // 4, "estimated": 1}
+
+
+def error_object(value: Any) -> dict:
+    """The object with `code` and `param` in an error's body, which may be in a list."""
+    value = value[0] if isinstance(value, list) and value else value
+    value = value if isinstance(value, dict) else {}
+    return value["error"] if isinstance(value.get("error"), dict) else value
+
+
+def said(value: Any) -> str:
+    """All the words of an error, whatever its shape, in one line."""
+    if isinstance(value, Exception):
+        return f"{type(value).__name__}: {value}"
+    if isinstance(value, str) and not isinstance(inner := read_json(value), list | dict):
+        text = re.sub(r"<[^>]*>", " ", value) if value.lstrip().startswith("<") else value  # HTML
+        return " ".join(text.encode("utf-8", "replace").decode().split())
+    value = inner if isinstance(value, str) else value  # JSON in a text: OpenRouter's metadata.raw
+    if isinstance(value, dict):  # without the request, which FastAPI sends back as `input`
+        value = [part for key, part in value.items() if key != "input"]
+    parts = map(said, value if isinstance(value, list) else [])
+    return "; ".join(dict.fromkeys(filter(None, parts)))
+
+
+def wait_asked(reply: Reply, words: str) -> float:
+    """The seconds of Retry-After, which may be a date, or of "try again in 1m7.66s"."""
+    value, seconds = reply.headers.get("Retry-After") or "0", 0.0
+    try:
+        seconds = float(value)
+    except ValueError:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+    found = re.search(r"(?:again|retry) (?:in|after) ((?:[\d.]+ ?(?:ms|[hms])[a-z]* ?)+)", words)
+    parts = re.findall(r"(\d+\.?\d*|\.\d+) ?(ms|[hms])", found[1] if found else "")
+    seconds = max(seconds, sum(float(number) * units[unit] for number, unit in parts))
+    return min(86_400.0, seconds) if seconds > 0 else 0.0  # at most a day; 0 for NaN
 
 
 # ---- The client ----------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    """The server refuses for good, or a limit is reached: nothing more is asked."""
+@dataclass
+class Job:
+    """An answer to ask for: the sample-th of an example."""
+
+    example: Example
+    sample: int
+    attempts: int = 0  # requests sent
+    tries: int = 0  # those that count toward --max-retries
+    ready: float = 0.0  # when to ask again
+    sent: float = 0.0
+    answered: int = 0  # the client's count at that time
 
 
-class Retry(Exception):
-    """No answer this time. `after` seconds at least, everybody where `shared`."""
+class Plain(urllib.request.HTTPErrorProcessor):
+    """Errors are replies like others. No redirect is followed: a redirected POST becomes a GET, and
+    takes the key to another host."""
 
-    def __init__(self, reason: str, after: float = 0.0, shared: bool = False):
-        super().__init__(reason)
-        self.after, self.shared = after, shared
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
 
-
-class Refusal(Exception):
-    """A 4xx that says no to this request as it is."""
-
-    def __init__(self, status: int, words: str, told: str):
-        super().__init__(words)
-        self.status, self.told = status, told
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How the server wants to be spoken to, learnt from its refusals."""
-
-    url: str
-    api: str  # chat or completions
-    limit: str = "max_tokens"  # or max_completion_tokens
-    without: frozenset[str] = frozenset()  # parameters that it refused
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST becomes a GET, and takes the key to another host: an error instead."""
-
-    def redirect_request(self, *_) -> None:
-        return None
-
-
-def base_urls(url: str) -> list[str]:
-    """Where the API may lie: what is given, with or without /v1; UserError for no URL."""
-    parts = re.fullmatch(r"(https?://)(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?", url.strip())
-    if not parts or re.search(r"[@?#]", parts[4] or ""):
-        raise UserError("--base-url must be like http://localhost:8000/v1, without a password or "
-                        "a query in it; a key comes from OPENAI_API_KEY")  # fmt: skip
-    path = re.sub(r"/(chat/)?completions$", "", (parts[4] or "").rstrip("/")).rstrip("/")
-    versioned = re.search(r"/v\d\w*(/|$)", path)
-    paths = [path] if versioned else [path, path + "/v1"] if path else ["/v1", ""]
-    return [f"{parts[1]}{parts[2]}{parts[3] or ''}{path}" for path in paths]
-
-
-UNKNOWN_MODEL = re.compile(
-    r"model_not_found|model\b.{0,80}(does not exist|not exist|not found)"
-    r"|(unknown|invalid|no such|not a valid) model", re.IGNORECASE | re.DOTALL)  # fmt: skip
-# Not the word billing, which ordinary rate limits name too.
-NO_QUOTA = re.compile(r"insufficient_quota|billing_hard_limit|(credit|insufficient) balance",
-                      re.IGNORECASE)  # fmt: skip
-NO_CHAT = re.compile(r"chat.template|not a chat model|v1/completions", re.IGNORECASE)
+    https_response = http_response
 
 
 class Client:
-    """Asks for the answers of (example, sample) jobs, many at a time, and logs each final one."""
+    """Asks for the answers of jobs, many at a time. Workers run `post` and nothing else; the main
+    thread alone decides what to send, writes the log, counts and reports."""
 
-    def __init__(self, args: argparse.Namespace, prompt: Prompt):
-        self.args, self.prompt = args, prompt
-        self.key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
-            raise UserError("OPENAI_API_KEY holds a space or another character that no key has")
-        urls = base_urls(args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
-        if not self.key and urls[0] == OPENAI:
-            raise UserError(
-                "OPENAI_API_KEY is not set and OpenAI's own server needs one; set it, "
-                "or give another server with --base-url or OPENAI_BASE_URL"
-            )
-        apis = ["chat", "completions"] if args.api == "auto" else [args.api]
-        self.routes = [(url, api) for api in apis for url in urls]
-        self.dialect = Dialect(*self.routes[0])
-        self.opener = urllib.request.build_opener(NoRedirect)  # proxies, TLS: Python's defaults
-        self.stopping, self.reason = threading.Event(), ""
-        self.guard, self.pause_until = threading.RLock(), 0.0
-        self.answered = self.failed = self.in_a_row = 0
-        self.tokens, self.said = 0, set()
+    def __init__(self, args: argparse.Namespace, prompt: Prompt, file: FileIO, facts: dict):
+        self.args, self.prompt, self.file = args, prompt, file
+        base = check_url(args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
+        self.url = base + ("/chat/completions" if args.api == "chat" else "/completions")
+        key = check_key(base)
+        self.headers = {"Content-Type": "application/json", "User-Agent": "dsbs"}
+        self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        self.secret = key_pattern(key)
+        proxies = proxies_for(base)
+        proxy = re.sub("//.*@", "//", proxies.get(urllib.parse.urlsplit(base).scheme, ""))
+        self.place = f" ({self.url}{f' through the proxy {proxy}' if proxy else ''})"
+        self.opener = urllib.request.build_opener(Plain, urllib.request.ProxyHandler(proxies))
+        self.asked = {"model": args.model, "prompt_sha256": prompt.sha256}
+        kept = ("api", "temperature", "seed", "body")
+        self.settings = {name: getattr(args, name) for name in kept}
+        self.ever = facts["settings"] is not None  # whether the log holds answers
+        self.tokens = facts["cost"].get("total_tokens", 0)
+        self.answered = self.failed = self.unreadable = 0
+        self.heard = False  # whether any reply came
+        self.row: list[str] = []  # the failures since the last answer
+        self.shown: set[str] = set()  # what was said once
+        self.dropped: set[str] = set()  # keys that the server refused
+        self.flying: dict[Future, tuple[Job, dict]] = {}
+        self.waiting: list[Job] = []  # to be asked again
+        self.held: list[tuple[Job, str]] = []  # refused before anything was answered
+        self.pause_until, self.reason, self.fatal = 0.0, "", False
 
-    # -- one request
-
-    def body(self, dialect: Dialect, example: Example, sample: int) -> dict:
-        """The JSON of a request."""
-        args = self.args
-        body = {"model": args.model, dialect.limit: args.max_tokens, "stop": STOP,
-                "temperature": args.temperature}  # fmt: skip
-        if args.seed is not None:
-            body["seed"] = args.seed + sample
-        body = {k: v for k, v in body.items() if k not in dialect.without}
-        if dialect.api == "chat":
-            return body | {"messages": self.prompt.turns(example.input)}
-        return body | {"prompt": self.prompt.text(example.input)}
-
-    def post(self, dialect: Dialect, body: dict) -> dict:
-        """The JSON object that the server answers. Raises Stop, Retry or Refusal."""
-        path = "/chat/completions" if dialect.api == "chat" else "/completions"
-        headers = {"Content-Type": "application/json", "User-Agent": "dsbs"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(dialect.url + path, json.dumps(body).encode(), headers)
+    def post(self, body: dict) -> Reply:
+        """Sends one request and reads what comes back within --timeout. Runs in a worker."""
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         deadline = time.monotonic() + self.args.timeout
-        raw, status, after = b"", 200, None
+        raw, status, headers, broken = b"", 0, {}, None
         try:
-            try:
-                response = self.opener.open(request, timeout=self.args.timeout)
-            except urllib.error.HTTPError as error:
-                response, status = error, error.code
-                after = error.headers.get("Retry-After")
-            with response:
+            with self.opener.open(request, timeout=self.args.timeout) as response:
+                status, headers = response.status, response.headers
                 while part := response.read1(1 << 16):
                     raw += part
                     if time.monotonic() > deadline or len(raw) > MAX_BODY:
                         raise TimeoutError("the answer was too slow or too long")
         except (OSError, http.client.HTTPException) as error:
-            self.unreachable(dialect, error)
-        except (ValueError, OverflowError) as error:
-            raise Stop(f"{dialect.url} is no address: {error}") from None
-        text = raw.decode("utf-8", "replace")
-        try:
-            value = self.clean(json.loads(text))
-        except (ValueError, RecursionError):
-            value = None
-        error = value.get("error") if isinstance(value, dict) else None
-        if status == 200 and error:  # some gateways send errors so
-            code = error.get("code") if isinstance(error, dict) else None
-            status = code if isinstance(code, int) and code >= 400 else 500
-        if status == 200:
-            if not isinstance(value, dict):
-                raise Retry("an answer that is not a JSON object")
-            return value
-        told = complaint(value)
-        words = told or self.clean(re.sub(r"<[^>]*>|\s+", " ", text)).strip()
-        words = f"HTTP {status}: {words[:300] or 'no words'}"
-        if 300 <= status < 400:
-            place = self.clean(response.headers.get("Location") or "nowhere")
-            raise Stop(f"{words}; {dialect.url} redirects to {place}: give that as --base-url")
-        if (
-            status in (401, 402, 403)
-            or (status in (400, 404) and UNKNOWN_MODEL.search(told))
-            or (status == 429 and NO_QUOTA.search(told))
-        ):
-            raise Stop(words)
-        if status in (408, 409, 425, 429) or (status >= 500 and status != 501):
-            raise Retry(words, retry_after(after), shared=status == 429)
-        raise Refusal(status, words, told)
+            broken = error
+        with contextlib.suppress(zlib.error):  # compressed, although nobody asked for it
+            raw = zlib.decompressobj(47).decompress(raw, MAX_BODY)
+        text = raw.decode(json.detect_encoding(raw), "replace")
+        headers = {name.title(): self.secret.sub("[key]", headers[name]) for name in headers}
+        return Reply(status, self.secret.sub("[key]", text), headers, broken)
 
-    def clean(self, value: Any) -> Any:
-        """What a server sent, without the key, should it echo it, and without half characters."""
-        if isinstance(value, str):
-            value = value.encode("utf-8", "replace").decode()
-            return value.replace(self.key, "[key]") if len(self.key) > 7 else value
-        if isinstance(value, list):
-            return [self.clean(part) for part in value]
-        if isinstance(value, dict):
-            return {self.clean(key): self.clean(part) for key, part in value.items()}
-        return value
+    def request(self, job: Job) -> dict:
+        """The JSON of a request: few keys, then --body's, without those that the server refused."""
+        args, input = self.args, job.example.input
+        body = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
+        if args.api == "chat":
+            body["messages"] = self.prompt.turns(input)
+        else:  # in chat, `stop` would cut a reasoning model's thoughts
+            body |= {"prompt": self.prompt.text(input), "stop": STOP}
+        if args.seed is not None:
+            body["seed"] = args.seed + job.sample
+        body |= args.body
+        if "max_tokens" in self.dropped:
+            body.setdefault("max_completion_tokens", body.get("max_tokens"))
+        return {k: v for k, v in body.items() if v is not None and k not in self.dropped}
 
-    def unreachable(self, dialect: Dialect, error: Exception) -> None:
-        """A broken connection may come back; one that never was is a mistake."""
-        cause = getattr(error, "reason", error)
-        words = f"{type(cause).__name__}: {cause}"
-        if isinstance(cause, ssl.SSLCertVerificationError) or (
-            isinstance(cause, ConnectionRefusedError | socket.gaierror)
-            and not (self.answered or self.said)
-        ):
-            raise Stop(f"cannot reach {dialect.url}: {words}") from None
-        raise Retry(words) from None
+    def run(self, jobs: deque[Job], bar: tqdm) -> str:
+        """Asks until the jobs are done or something stops it; returns why, if something did.
+        Ctrl-C and SIGTERM finish what is in flight."""
+        self.bar, done = bar, queue.SimpleQueue()
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(self.args.concurrency))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, self.note))
+            while self.flying or ((jobs or self.waiting) and not self.reason):
+                while job := self.next_job(jobs):
+                    body = self.request(job)
+                    job.sent, job.answered = time.monotonic(), self.answered
+                    future = pool.submit(self.post, body)
+                    self.flying[future] = job, body
+                    future.add_done_callback(done.put)
+                with contextlib.suppress(queue.Empty):  # soon enough to see a signal or a job
+                    future = done.get(timeout=0.02)
+                    self.take(*self.flying.pop(future), future.result())
+        if self.fatal:
+            raise UserError(self.reason)
+        return self.reason
 
-    def adapt(self, dialect: Dialect, refusal: Refusal) -> bool:
-        """Speaks otherwise after a refusal that asks for it; False if it does not."""
-        told, known = refusal.told, {"stop", "temperature", "seed"} - dialect.without
-        named = {key for key in known if re.search(rf"""["'`]{key}["'`]""", told)}
-        with self.guard:
-            if self.dialect != dialect:
-                return True  # another worker was told the same
-            if refusal.status in (404, 405, 501) or NO_CHAT.search(told):
-                place = self.routes.index((dialect.url, dialect.api)) + 1
-                if self.answered or place == len(self.routes):
-                    raise Stop(f"{refusal} ({dialect.url}, {dialect.api} API)")
-                url, api = self.routes[place]
-                new, what = replace(dialect, url=url, api=api), f"the {api} API at {url}"
-            elif "max_completion_tokens" in told and dialect.limit == "max_tokens":
-                new = replace(dialect, limit="max_completion_tokens")
-                what = "max_completion_tokens instead of max_tokens"
-            elif named:
-                new = replace(dialect, without=dialect.without | named)
-                what = f"without {', '.join(sorted(named))}"
-            else:
-                return False
-            self.dialect = new
-        say(f"{refusal}; going on with: {what}")
+    def note(self, number: int, _: object) -> None:
+        """Handles a signal; the second Ctrl-C does not wait for what is in flight."""
+        if self.reason and number == signal.SIGINT:
+            os._exit(130)
+        self.stop(f"stopped by {signal.Signals(number).name}")
+
+    def next_job(self, jobs: deque[Job]) -> Job | None:
+        """What to ask for now. A job that waits keeps its place among the --concurrency, so that a
+        failing server is asked less; as long as only bad replies came, no request follows until
+        those in flight are back."""
+        now, busy = time.monotonic(), len(self.flying) + len(self.waiting)
+        careful = self.held or (self.unreadable and not self.answered)
+        if self.reason or now < self.pause_until or (careful and self.flying):
+            return None
+        job = next((job for job in self.waiting if job.ready <= now), None)
+        if not job and (not jobs or busy >= self.args.concurrency):
+            return None
+        if self.tokens >= (self.args.max_tokens_total or math.inf):
+            return self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
+        return self.waiting.pop(self.waiting.index(job)) if job else jobs.popleft()
+
+    def take(self, job: Job, body: dict, reply: Reply) -> None:
+        """Logs what was paid for, then does what the reply means."""
+        job.attempts += 1
+        what, words, fields = judge(reply, body)
+        words += self.place if words else ""
+        if fields and what not in ("answer", "failed"):
+            self.write(job, fields | {"final": False, "error": words})
+        if what == "unreachable":
+            what = "again" if self.heard else "stop"
+        self.heard = self.heard or reply.status > 0
+        if what == "unreadable" and not (self.unreadable and self.flying):
+            self.unreadable += 1  # replies that were in flight together count twice at most
+            what = "stop" if self.unreadable >= UNREADABLE and not self.answered else what
+        if what in ("answer", "failed"):
+            self.settle(job, words, fields)
+        elif what in ("denied", "stop"):
+            self.stop(words, what == "denied")
+        elif what == "refused" and self.drop(body, error_object(read_json(reply.text))):
+            self.waiting.append(job)
+        elif what == "refused":
+            self.held.append((job, words + self.advice(body, reply.status, words)))
+        else:
+            self.retry(job, what, words, wait_asked(reply, words))
+        if self.held and not self.flying:
+            self.release()
+
+    def retry(self, job: Job, what: str, words: str, least: float) -> None:
+        """Asks again, after `least` seconds or more, until --max-retries."""
+        # A rate limit that lets others through is not this request's fault.
+        job.tries += what != "pause" or self.answered <= job.answered
+        if job.tries > self.args.max_retries:
+            return self.settle(job, f"after {job.attempts} attempts: {words}", {})
+        self.say_once(f"{words}; trying again")
+        delay = min(LONGEST, BACKOFF * 2 ** max(0, job.tries - 1)) * random.uniform(0.5, 1)
+        job.ready = time.monotonic() + max(delay, least)
+        self.pause_until = max(self.pause_until, job.ready if what == "pause" else 0.0)
+        self.waiting.append(job)
+
+    def settle(self, job: Job, error: str, fields: dict) -> None:
+        """Logs an answer, or a final failure with its words. Many failures in a row stop the run:
+        five with the same words before any answer, or more than `GIVE_UP`."""
+        self.write(job, fields | ({"error": error} if error else {}))
+        self.failed, self.answered = self.failed + bool(error), self.answered + (not error)
+        self.row = [*self.row, re.sub(r"\d+", "N", error)] if error else []
+        self.bar.set_postfix(failed=self.failed, tokens=self.tokens, refresh=False)
+        self.bar.update()
+        if error:
+            self.say_once(f"{error}; {job.example.id!r} is left out")
+        same = len(self.row) >= SAME and len(set(self.row)) == 1 and not self.answered
+        if same or len(self.row) > GIVE_UP + self.args.concurrency:
+            self.stop(f"{len(self.row)} failures in a row, the last: {error}")
+
+    def write(self, job: Job, fields: dict) -> None:
+        """Appends a line to the log and counts what it cost."""
+        example, refused = job.example, sorted(self.dropped)
+        settings = self.settings | {"max_tokens": self.args.max_tokens, "refused": refused}
+        record = {"id": example.id, "sample": job.sample, "input_sha256": input_sha256(example)}
+        record |= self.asked | {"settings": settings}
+        record |= {"completion": None, "usage": None, **fields, "attempts": job.attempts}
+        record["seconds"] = round(time.monotonic() - job.sent, 3)
+        record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        append(self.file, record, self.secret)
+        self.tokens += (record["usage"] or {}).get("total_tokens", 0)
+
+    def release(self) -> None:
+        """Decides about refusals once nothing is in flight: each belongs to its example if anything
+        was ever answered, else to all of them."""
+        held, self.held = self.held, []
+        if not (self.answered or self.ever):
+            return self.stop(held[0][1], fatal=True)
+        for job, words in held:
+            self.settle(job, words, {})
+
+    def drop(self, body: dict, error: dict) -> bool:
+        """Sends a key no more where the server names it in the form that OpenAI documents."""
+        key, named = error.get("param"), ("unsupported_parameter", "unsupported_value")
+        if error.get("code") not in named or key not in body.keys() - set(INPUTS):
+            return False
+        instead = "with max_completion_tokens instead of" if key == "max_tokens" else "without"
+        self.say_once(f"{key}: {said(error)}; going on {instead} {key}")
+        self.dropped.add(key)
         return True
 
-    # -- one job
-
-    def settle(self, example: Example, sample: int) -> dict | None:
-        """The line to log: an answer, or a final refusal. None if it is left: all stops."""
-        tries, attempts, seen = 0, 0, -1
-        while True:
-            while (rest := self.pause_until - time.monotonic()) > 0:
-                self.stopping.wait(rest + random.uniform(0, 0.05))
-                if self.stopping.is_set():
-                    return None
-            if self.stopping.is_set():
-                return None
-            dialect, attempts, start = self.dialect, attempts + 1, time.monotonic()
-            body = self.body(dialect, example, sample)
-            try:
-                answer = read_reply(self.post(dialect, body), body)
-                break
-            except Refusal as refusal:
-                if self.adapt(dialect, refusal):
-                    continue
-                answer = {"completion": None, "error": str(refusal)}
-                self.say_once(f"{refusal}; {example.id!r} is left out")
-                break
-            except Retry as retry:
-                # A rate limit that lets others through is not this request's fault.
-                tries += not (retry.shared and self.answered > seen >= 0)
-                seen = self.answered
-                if tries > self.args.max_retries:
-                    answer = {"completion": None, "error": f"after {attempts} attempts: {retry}"}
-                    break
-                self.say_once(f"{retry}; trying again")
-                delay = min(LONGEST, BACKOFF * 2 ** max(0, tries - 1)) * random.uniform(0.5, 1)
-                delay = max(delay, retry.after)
-                if retry.shared:
-                    self.pause_until = max(self.pause_until, time.monotonic() + delay)
-                else:
-                    self.stopping.wait(delay)
-        settings = {"api": dialect.api, "temperature": self.args.temperature,
-                    "seed": self.args.seed, "max_tokens": self.args.max_tokens}  # fmt: skip
-        settings |= {"refused": sorted(dialect.without)} if dialect.without else {}
-        return {
-            "id": example.id, "sample": sample, "prompt_sha256": self.prompt.sha256,
-            "input_sha256": input_sha256(example), "model": self.args.model, "settings": settings,
-            "usage": None, **answer, "attempts": attempts,
-            "seconds": round(time.monotonic() - start, 3),
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }  # fmt: skip
+    def advice(self, body: dict, status: int, words: str) -> str:
+        """What may help after a refusal."""
+        hint = "; most servers want a --base-url that ends in /v1" if status == 404 else ""
+        for key in body.keys() - set(INPUTS):
+            if re.search(rf"\b{re.escape(key)}\b", words):
+                hint += f"; without {key}: --body '{json.dumps({**self.args.body, key: None})}'"
+        return hint
 
     def say_once(self, words: str) -> None:
         """The first time that something of this kind is said."""
         kind = re.sub(r"\d+", "N", words)[:60]
-        if kind not in self.said:
-            self.said.add(kind)
+        if kind not in self.shown:
             say(words)
+        self.shown.add(kind)
 
-    # -- all jobs
-
-    def run(self, jobs: Iterable[tuple[Example, int]], log: Log, bar: tqdm) -> str:
-        """Asks until the jobs are done or something stops it; why, if something did."""
-        jobs = iter(jobs)
-
-        def work() -> None:
-            try:
-                while True:
-                    with self.guard:
-                        if self.tokens >= (self.args.max_tokens_total or float("inf")):
-                            self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
-                        job = None if self.stopping.is_set() else next(jobs, None)
-                    record = job and self.settle(*job)
-                    if record is None:
-                        return
-                    log.append(record)
-                    self.count(record, bar)
-            except (Stop, OSError) as error:
-                self.stop(str(error))
-            except BaseException:
-                self.stopping.set()
-                raise
-
-        with ThreadPoolExecutor(self.args.concurrency) as pool:
-            workers = [pool.submit(work) for _ in range(self.args.concurrency)]
-        for worker in workers:
-            worker.result()  # a mistake of ours is not to be hidden
-        return self.reason
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM finish what is in flight; the second Ctrl-C does not wait for it."""
-
-        def note(number: int, _) -> None:
-            if self.stopping.is_set() and number == signal.SIGINT:
-                os._exit(130)
-            self.stop(f"stopped by {signal.Signals(number).name}")
-
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def stop(self, reason: str) -> None:
-        """Nothing new is asked from now on; the first reason stands."""
+    def stop(self, reason: str, fatal: bool = False) -> None:
+        """Sends nothing new from now on; the first reason stands. fatal: a user's mistake, where
+        nothing was ever answered."""
+        self.fatal = self.fatal or (fatal and not self.reason and not (self.answered or self.ever))
         self.reason = self.reason or reason
-        self.stopping.set()
-
-    def count(self, record: dict, bar: tqdm) -> None:
-        """Keeps the totals that limits are checked against."""
-        with self.guard:
-            failed = bool(record.get("error"))
-            self.answered, self.failed = self.answered + (not failed), self.failed + failed
-            self.in_a_row = self.in_a_row + 1 if failed else 0
-            self.tokens += total_tokens(record)
-            bar.set_postfix(failed=self.failed, tokens=self.tokens, refresh=False)
-            bar.update()
-        if self.in_a_row > GIVE_UP + self.args.concurrency:
-            self.stop(f"{self.in_a_row} failures in a row, the last: {record['error']}")
 
 
-def retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which may be a date; 0 for none, at most a day."""
-    try:
-        seconds = float(value or 0)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            seconds = 0.0
-    return min(86_400.0, seconds) if seconds > 0 else 0.0  # and 0 for NaN
+def check_url(url: str) -> str:
+    """The base of an API, as it is given; UserError for what is no base."""
+    url, form = url.strip(), "like http://localhost:8000/v1, without a password or a query in it"
+    if "api-version=" in url:
+        form = "https://NAME.openai.azure.com/openai/v1/ on Azure, without ?api-version="
+    path = r"(/(?:(?![@?#])[!-~])*)?"
+    if not re.fullmatch(rf"https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{{1,5}})?{path}", url, re.ASCII):
+        raise UserError(f"--base-url must be {form}; a key comes from OPENAI_API_KEY")
+    return url.rstrip("/")
 
 
-def complaint(value: Any) -> str:
-    """What an error body says, without the request that some servers send back in it: message,
-    quoted parameter, code and type; FastAPI's `detail` likewise."""
-    error = value.get("error", value) if isinstance(value, dict) else {}
-    if not isinstance(error, dict):
-        return str(error)
-    details = error.get("detail")
-    if isinstance(details, list):
-        details = [d for d in details if isinstance(d, dict)]
-        return "; ".join(f"{d.get('msg')}: {d.get('loc')}" for d in details)
-    said = [error.get("message") or details, *(error.get(k) for k in ("code", "type"))]
-    quoted = [f"{error['param']!r}"] if isinstance(error.get("param"), str) else []
-    return " ".join([part for part in said if isinstance(part, str)] + quoted)
+def check_key(base: str) -> str:
+    """The key of the environment; UserError for a bad one, or for none where one is needed."""
+    key = (os.environ.get("OPENAI_API_KEY") or "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError("OPENAI_API_KEY holds a space or another character that no key has")
+    if not key and base == OPENAI:
+        other = "or give another server with --base-url or OPENAI_BASE_URL"
+        raise UserError(f"OPENAI_API_KEY is not set and OpenAI needs one; set it, {other}")
+    return key
 
 
-def read_reply(reply: dict, body: dict) -> dict:
-    """completion, reasoning if any, finish_reason and usage of a reply; Retry if it has none."""
-    try:
-        choice = reply["choices"][0]
-        message = choice["message"] if "messages" in body else {"content": choice["text"]}
-        content, finish = message.get("content"), choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise Retry("an answer without choices") from None
-    parts = content if isinstance(content, list) else []
-    thoughts = [message.get("reasoning_content") or message.get("reasoning")]
-    thoughts += [part.get("thinking") for part in parts if isinstance(part, dict)]
-    reasoning, refused = flat(thoughts), flat(message.get("refusal"))
-    finish = finish if isinstance(finish, str) else None
-    answer = {"completion": flat(content), "finish_reason": finish}
-    if reasoning:
-        answer["reasoning"] = reasoning
-    if content is None and (refused or finish == "content_filter"):
-        answer = {"completion": None, "finish_reason": finish, "error": refused or finish}
-    elif content is None and not reasoning and finish != "length":
-        raise Retry("an answer with null content")
-    usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
-    usage = {key: n for key, n in usage.items() if isinstance(n, int)}
-    if "total_tokens" not in usage:
-        asked = body.get("prompt") or "".join(turn["content"] for turn in body["messages"])
-        total = (len(asked) + len(answer["completion"] or "") + len(reasoning)) // 4
-        usage = {"total_tokens": total, "estimated": 1}  # by four characters a token
-    return answer | {"usage": usage}
+def key_pattern(key: str) -> re.Pattern:
+    """Matches a key as it is, JSON-escaped or percent-encoded; nothing for a very short one."""
+    form = r"\\*(?:{0}|[uU]{1:04x}|[uU]{1:04X}|%(?:25)*{1:02x}|%(?:25)*{1:02X})"
+    forms = "".join(form.format(re.escape(c), ord(c)) for c in key)
+    return re.compile(forms if len(key) > 7 else "(?!)")
 
 
-def flat(content: object) -> str:
-    """The text of a message's content, which may be a list of parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(map(flat, content))
-    return flat(content.get("text")) if isinstance(content, dict) else ""
-
-
-def total_tokens(record: dict) -> int:
-    """What a line cost, as the server said or as estimated."""
-    return (record.get("usage") or {}).get("total_tokens") or 0
+def proxies_for(base: str) -> dict[str, str]:
+    """The proxies of the environment; none for loopback addresses and for no_proxy's."""
+    parts = urllib.parse.urlsplit(base)
+    local = re.fullmatch(r"(.+\.)?localhost|127\.[\d.]+|::1|0\.0\.0\.0", parts.hostname)
+    bypass = local or urllib.request.proxy_bypass(parts.netloc)
+    return {} if bypass else urllib.request.getproxies()
 
 
 def input_sha256(example: Example) -> str:
     """Tells whether an id still stands for the same input."""
     text = example.input if isinstance(example.input, str) else "\n".join(example.input)
-    return sha256(text.encode())
+    return data.sha256(text.encode())
 
 
 def say(words: str) -> None:
@@ -757,30 +744,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dataset", required=True, help=f"{', '.join(TASKS)}, or a folder of *.jsonl")
-    add("--split", default="train", choices=SPLITS)
-    add("--data-root", default="datasets", help="where the benchmarks lie; default datasets")
-    add("--out", help="NAME of NAME.raw.jsonl, NAME.jsonl, NAME.report.json; default "
-        "teacher/DATASET.SPLIT")  # fmt: skip
+    add("--split", default="train", choices=data.SPLITS)
+    add("--data-root", default="datasets", help="the folder of the benchmarks; default datasets")
+    add("--out", help="NAME of NAME.raw.jsonl and the rest; default teacher/DATASET.SPLIT")
     add("--model", help="what the server calls it")
     add("--base-url", help="default: OPENAI_BASE_URL, or OpenAI's own; the key is OPENAI_API_KEY")
-    add("--api", default="auto", choices=("auto", "chat", "completions"))
+    add("--api", default="chat", choices=("chat", "completions"), help="completions: base models")
+    add("--body", default="{}", help="JSON to merge into every request; null removes a key")
     add("--shots", type=int, help="demonstrations; default all, 0 is zero-shot")
     add("--limit", type=int, help="ask for the first so many examples only")
     add("--samples", type=int, default=1, help="answers an example; the majority's label counts")
     add("--temperature", type=float, help="default 0, or 0.7 with several samples")
-    add("--seed", type=int, help="passed on; sample k gets seed + k")
+    add("--seed", type=int, help="sent to the server; sample k gets seed + k")
     add("--max-tokens", type=int, default=512, help="of one answer; default 512")
     add("--max-tokens-total", type=int, help="stop when the log has cost so many, prompts included")
     add("--concurrency", type=int, default=8, help="requests in flight; default 8")
     add("--max-retries", type=int, default=8, help="of one request; default 8")
     add("--timeout", type=float, default=300, help="seconds for one request; default 300")
     add("--retry", default="", help="ask again: truncated,failed,unparsed (one or several)")
-    add(
-        "--keep",
-        default="parsed",
-        choices=("all", "parsed", "correct"),
-        help="which answers NAME.jsonl holds; default parsed: whole ones with a label",
-    )
+    keep = "which answers NAME.jsonl holds; default parsed: whole ones with a label"
+    add("--keep", default="parsed", choices=("all", "parsed", "correct"), help=keep)
     add("--parse-only", action="store_true", help="derive the files from the log, offline")
     add("--completions", choices=("palm", "neox"), help="report on released completions, offline")
     return parser.parse_args(argv)
@@ -788,20 +771,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Fills in what follows from the rest; UserError for what cannot be."""
-    lowest = {"shots": 0, "limit": 1, "samples": 1, "max_tokens": 1, "max_tokens_total": 1,
-              "concurrency": 1, "max_retries": 0, "timeout": 0.001, "temperature": 0}  # fmt: skip
+    lowest = {"shots": 0, "max_retries": 0, "temperature": 0, "timeout": 0.001, "limit": 1}
+    lowest |= dict.fromkeys(("samples", "max_tokens", "max_tokens_total", "concurrency"), 1)
     for name, least in lowest.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < float("inf"):
+        if value is not None and not least <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     args.retry = set(filter(None, args.retry.split(",")))
     if wrong := args.retry - {"truncated", "failed", "unparsed"}:
         raise UserError(f"--retry {wrong.pop()!r} is unknown; allowed: truncated,failed,unparsed")
+    body = read_json(args.body)
+    if not isinstance(body, dict) or body.keys() & set(INPUTS):
+        form = """a JSON object such as '{"reasoning_effort": "low", "max_tokens": null}'"""
+        raise UserError(f"--body {args.body!r}: must be {form}, without {', '.join(INPUTS)}")
+    args.body = body
     if args.temperature is None:
         args.temperature = 0.7 if args.samples > 1 else 0.0
     if args.samples > 1 and args.temperature == 0:
-        raise UserError(f"--samples {args.samples} would be the same at --temperature 0; allowed: "
-                        "above 0, such as 0.7")  # fmt: skip
+        same = f"--samples {args.samples} would be the same at --temperature 0"
+        raise UserError(f"{same}; allowed: above 0, such as 0.7")
     if not (args.model or args.parse_only or args.completions):
         raise UserError("--model is missing; give the name that the server knows")
     if args.out or not args.completions:
@@ -809,166 +797,146 @@ def check(args: argparse.Namespace) -> None:
         args.out = re.sub(r"(\.raw)?\.jsonl$", "", args.out)
 
 
-def read_answers(
-    path: Path, name: str, examples: list[Example]
-) -> tuple[dict[str, dict[int, Answer]], dict]:
-    """(answers by id and sample, facts) of a log; a later line for the same example and sample
-    replaces an earlier one. facts: how they were asked for, and what all the lines cost."""
+def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answers, dict]:
+    """(answers, facts) of a log; a later line for the same example and sample replaces an earlier
+    one, but a failure replaces nothing. facts: how they were asked for, what all the lines cost."""
     inputs = {example.id: input_sha256(example) for example in examples}
-    answers, cost, asked, times = {}, Counter(), {}, (None, None)
-    task = get_task(name)
+    answers, endings, asked = {}, Counter(), {}
+    cost = Counter(dict.fromkeys((*TOKENS, "retries", "request_seconds"), 0))
+    task, first, last = get_task(name), None, None
     for number, record in read_log(path):
-        id = record["id"]
+        id, finish = record["id"], record.get("finish_reason")
         if record["input_sha256"] != inputs.get(id):
-            raise UserError(
-                f"{path}:{number}: {id!r} stands for another input than in this split of {name}; "
-                "if the data changed, give another --out"
-            )
-        answer, some = read_answer(task, record), answers.setdefault(id, {})
-        if answer.state != "failed" or record["sample"] not in some:  # else the old one stands
-            some[record["sample"]] = answer
-        for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            other = f"another input than in this split of {name}; if the data changed"
+            raise UserError(f"{path}:{number}: {id!r} stands for {other}, give another --out")
+        for key in TOKENS:
             cost[key] += (record.get("usage") or {}).get(key) or 0
-        cost["retries"] += record["attempts"] - 1
         cost["request_seconds"] += record["seconds"]
-        times = (times[0] if asked else record["time"], record["time"])
-        asked = asked if asked and record.get("error") else record
-    asked = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
-    return answers, {**asked, "first": times[0], "last": times[1], "cost": dict(cost)}
+        endings[str(finish)] += ending_of(finish) == "unknown"
+        first, last = first or record["time"], record["time"]
+        if record.get("final", True):
+            cost["retries"] += record["attempts"] - 1
+            answer, some = read_answer(task, record), answers.setdefault(id, {})
+            if answer.state != "failed":
+                some[record["sample"]], asked = answer, record
+            some.setdefault(record["sample"], answer)
+    facts = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
+    facts |= {"unknown_endings": dict(+endings), "cost": dict(cost)}
+    return answers, facts | {"first": first, "last": last}
 
 
 def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> str:
     """Asks for what the log lacks; returns why it stopped early, if it did."""
     prompt = read_prompt(args.dataset, args.shots)
-    client = Client(args, prompt)
-    with Log(path) as log:
+    with data.lock(path) as file:
         answers, facts = read_answers(path, args.dataset, examples)
-        if answers:  # only lines of one kind ever come into a log: the last tells
-            before = {**facts, **facts["settings"]}
-            now = {"prompt_sha256": prompt.sha256, "model": args.model,
-                   "temperature": args.temperature, "seed": args.seed}  # fmt: skip
-            now |= {} if args.api == "auto" else {"api": args.api}
-            changed = [f"{k} {before[k]} there, {now[k]} here" for k in now if now[k] != before[k]]
+        client = Client(args, prompt, file, facts)
+        if client.ever:
+            before, now = {"body": {}, **facts, **facts["settings"]}, client.asked | client.settings
+            for asked in (before, now):  # --max-tokens may differ: cut answers are asked for again
+                asked["body"] = {k: v for k, v in asked["body"].items() if k not in LIMITS}
+            changed = [f"{k} {before[k]} there, {v} here" for k, v in now.items() if before[k] != v]
             if changed:
-                raise UserError(
-                    f"{path} was asked for otherwise: {'; '.join(changed)}; give another --out"
-                )
-            client.routes = [r for r in client.routes if r[1] == before["api"]]
-            client.dialect = Dialect(*client.routes[0])
-        client.tokens = facts["cost"].get("total_tokens", 0)
-        done = {(id, sample) for id, some in answers.items() for sample, answer in some.items()
-                if answer.state not in args.retry}  # fmt: skip
-        del answers  # half a million rationales are not needed while asking
-        jobs = [
-            (example, sample) for example in examples[: args.limit]
-            for sample in range(args.samples) if (example.id, sample) not in done
-        ]  # fmt: skip
-        total = len(examples[: args.limit]) * args.samples
-        print(
-            f"prompt {prompt.sha256[:12]} with {len(prompt.shots)} demonstrations; asking "
-            f"{args.model} for {len(jobs):,} of {total:,} answers",
-            flush=True,
-        )
-        with (
-            client.signals(),
-            tqdm(total=total, initial=total - len(jobs), unit="", disable=None) as bar,
-        ):
-            return client.run(jobs, log, bar)
+                raise UserError(f"{path} has answers to {'; '.join(changed)}; give another --out")
+        with open(path, "rb") as log:
+            log.seek(max(0, path.stat().st_size - 1))
+            if log.read() not in (b"", b"\n"):  # a crash tore the last line
+                file.write(b"\n")
+        jobs, total = deque(), len(examples[: args.limit]) * args.samples
+        for example, sample in itertools.product(examples[: args.limit], range(args.samples)):
+            known = answers.get(example.id, {}).get(sample)
+            if known is None or known.state in args.retry:
+                jobs.append(Job(example, sample))
+        answers.clear()  # half a million rationales are not needed while asking
+        about = f"prompt {prompt.sha256[:12]} with {len(prompt.shots)} demonstrations"
+        print(f"{about}; asking {args.model} for {len(jobs):,} of {total:,} answers", flush=True)
+        with tqdm(total=total, initial=total - len(jobs), unit="", disable=None) as bar:
+            try:
+                return client.run(jobs, bar)
+            except OSError as error:  # such as a full disk
+                return str(error)
+            finally:
+                os.fsync(file.fileno())
 
 
 def show(report: dict) -> None:
     """The report, in a few lines."""
     r, cost = report, report.get("cost", {})
-    share = lambda n: f"{n:,} ({n / max(1, r['settled']):.2%})"  # noqa: E731
-    print(
-        f"answered {r['answered']:,}, of {r['examples']:,} examples; "
-        f"failed {share(r['failed'])}, truncated {share(r['truncated'])}, unparsed "
-        f"{share(r['unparsed'])}, labels outside the set {r['labels_outside_the_set']:,}"
-    )
+    counts = ("failed", "truncated", "unparsed", *LABELS)
+    parts = [f"{key.replace('_', ' ')} {r[key]:,}" for key in counts]
+    print(f"answered {r['answered']:,}, of {r['examples']:,} examples; {', '.join(parts)}")
     if cost:
-        print(
-            f"cost {cost['total_tokens']:,} tokens ({cost['prompt_tokens']:,} prompt, "
-            f"{cost['completion_tokens']:,} completion), {cost['retries']:,} retries"
-        )
+        parts = [f"{cost[key]:,} {key.replace('_', ' ')}" for key in (*TOKENS, "retries")]
+        print(f"cost {', '.join(parts)}")
+    for name, n in r.get("unknown_endings", {}).items():
+        print(f"{n:,} replies ended in {name!r}, which is no known ending: they are no answers")
     if len(r["label_counts"]) <= 10:
         print(f"labels: {', '.join(f'{k} {v:,}' for k, v in r['label_counts'].items())}")
     if r["accuracy"] is not None:
         print(f"accuracy {r['accuracy']:.4f} ({r['correct']:,} of {r['scored']:,}, human labels)")
 
 
-def released(args: argparse.Namespace) -> tuple[list[Example], dict, dict]:
+def released(args: argparse.Namespace) -> tuple[list[Example], Answers, dict]:
     """(examples, answers, facts) of released completions: over train's whole file, as their
     figures are, where our valid is cut out of it."""
-    name, root, counts = args.dataset, args.data_root, Counter()
-    splits, examples, answers = [args.split], [], {}
-    if args.split == "train" and data_files(name, "train", root) == data_files(name, "valid", root):
-        splits.append("valid")
+    both = args.split == "train" and get_task(args.dataset).cut
+    splits, examples, answers = ["train", "valid"] if both else [args.split], [], {}
     for split in splits:
-        examples += load_dataset(name, split, root, args.completions, counts)
-    for e in examples:
+        examples += data.load_dataset(args.dataset, split, args.data_root, args.completions)
+    for e in examples:  # the loader dropped labels outside the set
         state = "answered" if e.teacher_label else "unparsed"
         answers[e.id] = {0: Answer(state, e.rationale, e.teacher_label)}
-    outside = counts["teacher_labels_dropped"]  # by the loader: parsed, but of no use
-    unparsed = sum(not e.teacher_label for e in examples) - outside
-    return (
-        examples,
-        answers,
-        {
-            "completions": args.completions,
-            "splits": splits,
-            "unparsed": unparsed,
-            "labels_outside_the_set": outside,
-        },
-    )
+    return examples, answers, {"completions": args.completions, "splits": splits}
 
 
 def run(args: argparse.Namespace, words: list[str]) -> int:
     """Annotates, or derives what is asked for; the exit status."""
     check(args)
-    examples, why = load_dataset(args.dataset, args.split, args.data_root), ""
+    examples, why = data.load_dataset(args.dataset, args.split, args.data_root), ""
     if args.completions:
         examples, answers, facts = released(args)
     else:
-        if not args.parse_only:
-            why = annotate(args, examples, Path(args.out + ".raw.jsonl"))
-        answers, facts = read_answers(Path(args.out + ".raw.jsonl"), args.dataset, examples)
+        path = Path(args.out + ".raw.jsonl")
+        why = "" if args.parse_only else annotate(args, examples, path)
+        answers, facts = read_answers(path, args.dataset, examples)
     rows, report = derive(args.dataset, examples, answers, args.keep)
     about = {"dataset": args.dataset, "split": args.split, "examples": len(examples)}
-    report = {**about, **report, **facts}
+    report = about | report | facts
     show(report)
     if args.out:
-        try:
-            write_jsonl(Path(args.out + ".jsonl"), rows)
-            write_json(Path(args.out + ".report.json"), report)
-        except OSError as error:
-            raise UserError(f"{args.out}.jsonl: {error.strerror}; the log is complete: free some "
-                            "space and use --parse-only") from None  # fmt: skip
-        print(f"{len(rows):,} examples (--keep {args.keep}) in {args.out}.jsonl, report in "
-              f"{args.out}.report.json")  # fmt: skip
+        data.write_jsonl(Path(args.out + ".jsonl"), rows)
+        data.write_json(Path(args.out + ".report.json"), report)
+        files = f"{args.out}.jsonl, report in {args.out}.report.json"
+        print(f"{len(rows):,} examples (--keep {args.keep}) in {files}")
     if args.parse_only or args.completions:
         return 0
-    asked = [
-        answers.get(example.id, {}).get(sample)
-        for example in examples[: args.limit] for sample in range(args.samples)
-    ]  # fmt: skip
-    left, failed = asked.count(None), sum(a is not None and a.state == "failed" for a in asked)
-    if left or failed:
-        retry = (args.retry if why else set()) | ({"failed"} if failed else set())
-        again = re.sub(r" --retry[ =]\S+", "", " " + shlex.join(words)).strip()
-        again += f" --retry {','.join(sorted(retry))}" if retry else ""
-        print(f"{left:,} not asked for, {failed:,} failed{': ' * bool(why)}{why}; to go on:\n  "
-              f"python teacher.py {again}", file=sys.stderr)  # fmt: skip
-    return 3 if left or failed else 0
+    wanted = itertools.product(examples[: args.limit], range(args.samples))
+    found = [answers.get(example.id, {}).get(sample) for example, sample in wanted]
+    return what_is_left(args, found, why, words)
+
+
+def what_is_left(args: argparse.Namespace, found: list, why: str, words: list[str]) -> int:
+    """Prints how to go on if something is left or failed; the exit status."""
+    left, failed = found.count(None), sum(a is not None and a.state == "failed" for a in found)
+    if not left and not failed:
+        return 0
+    retry = (args.retry if why else set()) | ({"failed"} if failed else set())
+    again = re.sub(r" --retry[ =]\S+", "", " " + shlex.join(words)).strip()
+    again += f" --retry {','.join(sorted(retry))}" if retry else ""
+    why = f": {why}" if why else ""
+    say(f"{left:,} not asked for, {failed:,} failed{why}; to go on:\n  python teacher.py {again}")
+    return 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when all that was asked for is answered, 3 when something is left or was
-    refused for good, 2 for a user's mistake."""
+    """Exit status 0 when all that was asked for is answered, 3 when something is left or failed,
+    2 for a user's mistake."""
     words = sys.argv[1:] if argv is None else argv
     try:
         return run(parse_args(words), words)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        hint = "; the log loses nothing: --parse-only derives the other files"
+        print(f"error: {error}{hint if isinstance(error, OSError) else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while nothing is asked
         return 130

@@ -13,6 +13,6 @@ until $home/bin/python -c "import socket; socket.create_connection(('localhost',
 do sleep 1; kill -0 $!; done
 for api in chat completions; do
     python teacher.py --dataset svamp --split test --data-root "$root" --limit "$problems" \
-        --model smollm2-135m --base-url http://localhost:$port --api $api --concurrency 2 \
+        --model smollm2-135m --base-url http://localhost:$port/v1 --api $api --concurrency 2 \
         --out teacher/smollm2.svamp.test.$api
 done

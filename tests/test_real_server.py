@@ -1,4 +1,4 @@
-"""A real server: `DSBS_SERVER=http://localhost:8123 pytest tests/test_real_server.py`, with what
+"""A real server: `DSBS_SERVER=http://localhost:8123/v1 pytest tests/test_real_server.py`, with what
 `scripts/local_teacher.sh` starts, or any other."""
 
 import os

@@ -2,13 +2,15 @@
 was asked and answered, and the files on disk."""
 
 import email.utils
+import gzip
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
-import threading
 import time
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -253,161 +255,262 @@ def test_a_pair_is_named():
 
 
 @pytest.mark.parametrize("base, given", [
-    *[("/v1", end) for end in ("", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1/completions")],
-    ("", ""), ("/api/v1", "/api/v1"), ("/api/v1", "/api"), ("/openai", "/openai"),
-    ("/proxy/v1beta/openai", "/proxy/v1beta/openai/"),
+    ("/v1", "/v1"), ("/v1", "/v1/"), ("", ""), ("/api/v1", "/api/v1"), ("/v1beta/openai",) * 2,
 ])  # fmt: skip
 @pytest.mark.parametrize("api", ["chat", "completions"])
-def test_every_usual_base_url(room, monkeypatch, base, given, api):
+def test_the_base_url_is_used_as_given(room, monkeypatch, base, given, api):
     with Server(base=base) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.root + given)
-        room.ask(None, "--model", "m", "--api", api, "--concurrency", 4)
-    assert len(room.log()) == 24 and set(server.answered().values()) == {1}
-    assert len(server.seen) <= 24 + 4
+        room.ask(None, "--model", "m", "--api", api, "--limit", 9)
+    path = base + ("/chat/completions" if api == "chat" else "/completions")
+    assert len(room.log()) == 9 == len(server.seen) and {ask.path for ask in server.seen} == {path}
+
+
+def test_a_404_says_what_was_asked_and_suggests_v1(room):
+    with Server() as server:
+        said = room.ask(None, "--model", "m", "--base-url", server.root, status=2).err
+    assert server.root + "/chat/completions" in said and "/v1" in said and "Not Found" in said
+    assert len(server.seen) <= 8 and not room.log()
 
 
 @pytest.mark.parametrize("url", [
     "localhost:8000", "ftp://h/v1", "http://me:pass1234@h/v1", "http://h/v1?key=pass1234",
-    "http://h/a b", "nonsense",
+    "http://h/a b", "nonsense", "http://h/é", "http://h:999999/v1",
 ])  # fmt: skip
 def test_no_base_url(room, url):
     said = room.ask(None, "--model", "m", "--base-url", url, status=2).err
     assert "http://localhost:8000/v1" in said and "pass1234" not in said
 
 
+def test_azures_older_address_gets_a_line_of_its_own(room):
+    url = "https://x.openai.azure.com/openai/deployments/y?api-version=2024-10-21"
+    assert "openai/v1/" in room.ask(None, "--model", "m", "--base-url", url, status=2).err
+
+
 def test_openai_itself_needs_a_key(room):
     assert "OPENAI_API_KEY" in room.ask(None, "--model", "m", status=2).err
 
 
-def test_a_proxy_of_the_environment_is_used(room, monkeypatch):
+def test_a_proxy_of_the_environment_is_used_and_named(room, monkeypatch):
     proxied = lambda ask: (200, {}, completion(True, default_answer(ask.question)))  # noqa: E731
+    words = ["--model", "m", "--base-url", "http://teacher.invalid/v1", "--limit", 4]
     with Server(proxied) as server:
-        monkeypatch.setenv("http_proxy", server.root)
+        monkeypatch.setenv("http_proxy", server.root.replace("//", "//me:pass1234@"))
         monkeypatch.setenv("no_proxy", "")
-        room.ask(None, "--model", "m", "--base-url", "http://teacher.invalid/v1")
+        room.ask(None, *words)
+        server.reply = lambda ask: (403, {}, "<h1>Access denied</h1>")
+        room.raw.unlink()
+        said = room.ask(None, *words, status=2).err
     assert {ask.path for ask in server.seen} == {"http://teacher.invalid/v1/chat/completions"}
+    assert f"proxy {server.root}" in said and "Access denied" in said and "pass1234" not in said
+
+
+def test_a_dead_proxy_is_named(room, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    words = ["--model", "m", "--base-url", "http://teacher.invalid/v1"]
+    assert "proxy http://127.0.0.1:9" in room.ask(None, *words, status=3).err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_loopback_goes_past_a_proxy(room, monkeypatch, host):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with Server() as server:
+        url = server.url.replace("127.0.0.1", host)
+        room.ask(None, "--model", "m", "--base-url", url, "--limit", 3)
+    assert len(server.seen) == 3
 
 
 def test_nobody_there(room):
     with Server() as server:
         pass
     start = time.monotonic()
-    assert f"cannot reach {server.url}" in room.ask(server, status=3).err
+    said = room.ask(server, status=3).err
+    assert server.url in said and "refused" in said and not room.log()
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("status, body", [
-    (404, {"detail": "Not Found"}), (404, "<html>404 Not Found</html>"), (405, ""), (501, ""),
-    (404, error("This is not a chat model and thus not supported in the v1/chat/completions "
-                "endpoint. Did you mean to use v1/completions?", param="model")),
-    (400, error("As of transformers v4.44, default chat template is no longer allowed, so you must "
-                "provide a chat template if the tokenizer does not define one.")),
-])  # fmt: skip
-def test_auto_falls_back_once(room, status, body):
-    chat = lambda ask: (status, {}, body) if "chat" in ask.path else None  # noqa: E731
-    with Server(chat) as server:
-        said = room.ask(server, "--limit", 20, "--concurrency", 4).err
-        asked = sum("chat" in ask.path for ask in server.seen)
-        room.ask(server)
-    assert 1 <= asked <= 4 and said.count("completions API at") == 1
-    assert sum("chat" in ask.path for ask in server.seen) == asked, "the log remembers"
-    assert set(server.answered().values()) == {1} and len(room.log()) == 24
-    assert {line["settings"]["api"] for line in room.log()} == {"completions"}
+def test_little_is_sent_and_body_changes_it(room):
+    more = (
+        '{"reasoning_effort": "low", "max_tokens": null, "max_completion_tokens": 2000, "x": [1]}'
+    )
+    with Server() as server:
+        room.ask(server, "--limit", 2)
+        assert server.seen[0].body.keys() == {"model", "messages", "temperature", "max_tokens"}
+        said = room.ask(server, "--limit", 2, "--body", more, status=2).err
+        assert "reasoning_effort" in said and "another --out" in said
+        room.raw.unlink()
+        room.ask(server, "--limit", 1, "--body", more)
+        body = server.seen[-1].body
+        assert body["reasoning_effort"] == "low" and body["x"] == [1]
+        assert body["max_completion_tokens"] == 2000 and "max_tokens" not in body
+        room.ask(server, "--limit", 2, "--body", more.replace("2000", "4000"))  # cut ones again
+    assert server.seen[-1].body["max_completion_tokens"] == 4000 and len(server.seen) == 4
 
+
+@pytest.mark.parametrize("body", ["{", "[]", "null", '{"messages": []}', '{"model": "other"}'])
+def test_a_body_that_cannot_be_merged(room, body):
+    assert "--body" in room.ask(NOBODY, "--body", body, status=2).err
+
+
+# ---- The client: refusals ------------------------------------------------------------------------
 
 UNSUPPORTED = "Unsupported parameter: '{}' is not supported with this model."
-SWAPS = {
-    "max_tokens": error(UNSUPPORTED.format("max_tokens") + " Use 'max_completion_tokens' instead.",
-                        param="max_tokens", code="unsupported_parameter"),
-    "stop": error(UNSUPPORTED.format("stop"), param="stop", code="unsupported_parameter"),
-    "temperature": error("Unsupported value: 'temperature' does not support 0.0 with this model. "
-                         "Only the default (1) value is supported.", param="temperature"),
-    "seed": error(UNSUPPORTED.format("seed"), param="seed"),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("refused", [*SWAPS, "all"])
-def test_a_refused_parameter_is_dropped_once(room, refused):
-    keys = list(SWAPS) if refused == "all" else [refused]
-
+@pytest.mark.parametrize("keys", [["max_tokens"], ["top_k"], ["max_tokens", "temperature", "seed"]])
+def test_a_key_refused_in_the_documented_form_is_dropped_once(room, keys):
     def reply(ask):
         wrong = [key for key in keys if key in ask.body]
-        return (400, {}, SWAPS[wrong[0]]) if wrong else None
+        code = "unsupported_value" if wrong == ["temperature"] else "unsupported_parameter"
+        if wrong:
+            return 400, {}, error(UNSUPPORTED.format(wrong[0]), param=wrong[0], code=code)
 
     with Server(reply) as server:
-        said = room.ask(server, "--seed", 1, "--concurrency", 4).err
-    refusals = Counter(sum(key in ask.body for key in keys) for ask in server.seen)
-    assert refusals.pop(0) == 24, "with nothing that was refused"
-    assert all(n <= 4 for n in refusals.values()) and len(refusals) == len(keys)
-    assert len(room.log()) == 24
+        words = ["--seed", 1, "--concurrency", 4, "--body", '{"top_k": 5}']
+        said = room.ask(server, *words).err
+        asked = len(server.seen)
+        room.ask(server, *words)
+    assert asked == len(server.seen) <= 24 + 4 * len(keys) and len(room.log()) == 24
     body = server.seen[-1].body
     assert not set(keys) & set(body)
     assert ("max_completion_tokens" in body) == ("max_tokens" in keys)
-    assert said.count("going on with") == len(keys)
-    assert all(SWAPS[key]["error"]["message"] in said for key in keys)
+    assert all(said.count(UNSUPPORTED.format(key)) == 1 for key in keys)
 
 
-@pytest.mark.parametrize("status, body", [
-    (400, error("This model's maximum context length is 4096 tokens.", code="context_length")),
-    (422, {"detail": "unprocessable"}), (413, ""), (400, error("max_tokens is too large: 512")),
-    (422, "echo"),  # of what was sent, as pydantic does
-])  # fmt: skip
-def test_one_refused_example_fails_alone(room, status, body):
-    def reply(ask):
-        said = {"detail": [{"msg": "bad", "input": ask.body}]} if body == "echo" else body
-        return (status, {}, said) if number(ask.question) == 5 else None
+def echo(ask):
+    return {"detail": [{"loc": ["body", "temperature"], "msg": "Bad words", "input": ask.body}]}
 
+
+REFUSALS = [  # status, body, the server's words
+    (400, error("Bad words " * 60, code=400), "Bad words " * 59 + "Bad words"),
+    (403, error("Region not supported"), "Region not supported"),
+    (403, "<html><h1>Forbidden by <b>us</b></h1></html>", "Forbidden by us"),
+    (404, {"object": "error", "message": "The model `m` is gone"}, "The model `m` is gone"),
+    (400, [{"error": {"code": 400, "message": "API key expired."}}], "API key expired."),
+    (400, {"code": "invalid", "error": "Argument not supported: temperature"}, "not supported"),
+    (400, error("Provider error", metadata={"raw": json.dumps(error("No `temperature`"))}),
+     "No `temperature`"),
+    (422, {"message": {"detail": [{"loc": ["body", "temperature"], "msg": "Extra"}]}}, "Extra"),
+    (422, echo, "Bad words"), (413, {"errors": ["Too", "large"]}, "large"), (400, '"No."', "No."),
+    (400, "plain words", "plain words"), (501, "", "501"), (410, {"title": "Gone away"}, "Gone"),
+    (401, error("Incorrect API key: none."), "Incorrect API key"), (402, error("No credit"), "No"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("status, body, words", REFUSALS)
+def test_a_refusal_before_any_answer_stops_with_the_servers_words(room, status, body, words):
+    reply = lambda ask: (status, {}, body(ask) if callable(body) else body)  # noqa: E731
     with Server(reply) as server:
+        said = room.ask(server, "--concurrency", 4, status=2).err
+        assert len(server.seen) <= 4 and not room.log(), "nothing is logged as failed"
+        assert words in said and "leaf" not in said, "whole, without our own prompt"
+        asks_for = [key for key in ("temperature", "stop") if f"without {key}" in said]
+        assert asks_for == ["temperature"] * ("temperature" in json.dumps(body if body != echo
+                                              else "temperature"))  # fmt: skip
+        if asks_for:
+            assert """--body '{"temperature": null}'""" in said
+        server.reply = lambda ask: None
+        room.ask(server)
+    assert set(server.answered().values()) == {1} and len(room.log()) == 24
+
+
+@pytest.mark.parametrize("status, body, words", [*REFUSALS[:5], (422, echo, "Bad words")])
+def test_after_the_first_answer_a_refusal_belongs_to_its_example(room, status, body, words):
+    with Server() as server:
+        bad = lambda ask: (status, {}, body(ask) if callable(body) else body)  # noqa: E731
+        server.reply = lambda ask: bad(ask) if number(ask.question) == 5 else None
         said = room.ask(server, status=3)
-        assert all({"stop", "temperature"} < ask.body.keys() for ask in server.seen)
         assert "--retry failed" in said.err and room.report()["failed"] == 1
         assert set(server.asked().values()) == {1}, "a refusal is not asked again"
         (line,) = (line for line in room.log() if line["id"] == "c5")
-        assert line["completion"] is None and f"HTTP {status}" in line["error"]
-        assert len(read_jsonl(room.out)) == 23
+        assert line["completion"] is None and words.strip() in line["error"]
         room.ask(server, status=3)
         assert len(server.seen) == 24
         server.reply = lambda ask: None
         room.ask(server, "--retry", "failed")
-    assert len(server.seen) == 25 and server.seen[-1].question == question(5)
-    assert room.report()["failed"] == 0 and len(read_jsonl(room.out)) == 24
-    assert len(room.log()) == 25, "nothing is rewritten"
+    assert len(room.log()) == 25 and len(read_jsonl(room.out)) == 24, "nothing is rewritten"
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_bad_key_stops_after_answers_too(room, status):
+    with Server() as server:
+        room.ask(server, "--limit", 4)
+        log = room.raw.read_bytes()
+        server.reply = lambda ask: (status, {}, error("No credit"))
+        said = room.ask(server, "--concurrency", 4, status=3).err
+        assert len(server.seen) <= 8 and room.raw.read_bytes() == log
+        assert "No credit" in said and "20 not asked for" in said and "python teacher.py" in said
+
+
+def test_an_exhausted_quota_stops(room):
+    with Server(lambda ask: (429, {}, error("Quota", code="insufficient_quota"))) as server:
+        assert "Quota" in room.ask(server, status=3).err and len(server.seen) <= 8
+
+
+def test_a_moderated_input_is_not_the_servers_refusal(room):
+    """Azure's form, for the first example, before anything was answered."""
+    bad = error("The prompt triggered the content policy", code="content_filter")
+    with Server(lambda ask: (400, {}, bad) if number(ask.question) == 0 else None) as server:
+        room.ask(server, "--concurrency", 1, status=3)
+    assert len(room.log()) == 24 and room.report()["failed"] == 1 == server.asked()[question(0)]
+
+
+@pytest.mark.parametrize("status", [500, 429, 200])
+def test_five_equal_failures_stop(room, status):
+    body = completion(True, "", "SAFETY") if status == 200 else error("Down, number 7")
+    with Server(lambda ask: (status, {}, body)) as server:
+        room.ask(server, "--max-retries", 1, "--concurrency", 1, status=3)
+    assert len(server.seen) == (5 if status == 200 else 10) and room.report()["failed"] == 5
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused(room, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key-0123456789")
+    with Server() as other, Server() as server:
+        server.reply = lambda ask: (status, {"location": other.url + "/chat/completions"}, "")
+        assert other.url in room.ask(server, status=3).err
+    assert not other.seen and len(server.seen) <= 8
 
 
 # ---- The client: when it fails -------------------------------------------------------------------
 
 
+def final(room) -> list[dict]:
+    """The log's lines that are answers or final failures."""
+    return [line for line in room.log() if line.get("final", True)]
+
+
+PAID = ("half a body", "no choices", "null content", "wrong JSON", "a list")  # status 200
+
+
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_a_fault_is_tried_again(room, kind, api):
-    with Server(kinds=(kind,), hang=1.5) as server:
+    with Server(kinds=(kind,), hang=1.0) as server:
         server.fault = lambda ask: kind if ask.attempt == 1 and number(ask.question) < 6 else None
-        room.ask(server, "--timeout", 0.7, "--api", api, "--limit", 12)
-    assert len(room.log()) == 12 and set(server.answered().values()) == {1}
-    assert sorted(line["attempts"] for line in room.log()) == [1] * 6 + [2] * 6
+        room.ask(server, "--timeout", 0.5, "--api", api, "--limit", 12)
+    assert len(final(room)) == 12 and set(server.answered().values()) == {1}
+    assert sorted(line["attempts"] for line in final(room)) == [1] * 6 + [2] * 6
+    wasted = [line for line in room.log() if not line.get("final", True)]
+    assert len(wasted) == 6 * (kind in PAID), "what was paid for is logged"
+    assert all(line["usage"]["total_tokens"] > 0 for line in wasted)
     report = room.report()
-    assert report["cost"]["retries"] == 6 and report["accuracy"] == 1
-
-
-RATE = (
-    "Rate limit reached for m on requests per min. Limit: 3 / min. Please try again in 20s. "
-    "Please add a payment method to your account to increase your rate limit. Visit "
-    "https://platform.openai.com/account/billing to add a payment method."
-)
+    assert report["cost"]["retries"] == 6 and report["accuracy"] == 1 and report["settled"] == 12
 
 
 @pytest.mark.parametrize("status, body", [
-    (429, error(RATE, type="requests", code="rate_limit_exceeded")),
-    (408, ""), (409, ""), (502, "<html>"), (504, ""), (529, error("Overloaded")), (500, ""),
+    (429, error("Rate limit reached for m. Please try again in 20ms. See your billing page.")),
+    (408, ""), (409, ""), (425, ""), (502, "<html>"), (529, error("Overloaded")),
     (200, error("Provider returned error", code=502)), (200, "null"), (200, b"\xff\xfe"),
     (200, {"choices": None}), (200, {"choices": ["text"]}), (200, "[" * 100_000),
-    (200, {"choices": [{"message": None}]}), (200, ""),
+    (200, {"choices": [{"message": None}]}), (200, ""), (200, b"\x1f\x8b\x08broken"),
+    (200, "data: {\"choices\": 5}\n\ndata: 7\n\n"), (200, "data: [DONE]\n\n"),
 ])  # fmt: skip
 def test_other_passing_faults(room, status, body):
     with Server(lambda ask: (status, {}, body) if ask.attempt == 1 else None) as server:
         room.ask(server, "--limit", 3)
-    assert [line["attempts"] for line in room.log()] == [2, 2, 2]
-    assert all("error" not in line for line in room.log())
+    assert [line["attempts"] for line in final(room)] == [2, 2, 2]
+    assert len(room.log()) == 3 + 3 * (status == 200)
 
 
 @pytest.mark.slow
@@ -417,11 +520,12 @@ def test_a_thousand_requests_at_twenty_percent_faults(room):
         process = room.start(server, "--concurrency", 32, "--timeout", 2.5)
         said = process.communicate()
     assert process.returncode == 0, said
-    assert {line["id"] for line in room.log()} == {f"c{i}" for i in range(1000)}
-    assert len(room.log()) == 1000 == len(read_jsonl(room.out))
+    lines = final(room)
+    assert {line["id"] for line in lines} == {f"c{i}" for i in range(1000)}
+    assert len(lines) == 1000 == len(read_jsonl(room.out))
     assert set(server.answered().values()) == {1}, "none is asked again after its answer"
     assert len(server.seen) > 1150 and {a.status for a in server.seen} >= set(FAULTS)
-    assert sum(line["attempts"] for line in room.log()) == len(server.seen)
+    assert sum(line["attempts"] for line in lines) == len(server.seen)
     assert room.report()["accuracy"] == 1
 
 
@@ -429,7 +533,12 @@ def test_a_thousand_requests_at_twenty_percent_faults(room):
 def test_three_kills_lose_nothing(room):
     make_folder(room.folder, 1000)
     words, paid = ["--concurrency", 32, "--timeout", 2.5], []
-    lines = lambda: room.raw.read_bytes().split(b"\n")[:-1] if room.raw.exists() else []  # noqa: E731
+    lines = lambda: room.raw.read_bytes().split(b"\n") if room.raw.exists() else []  # noqa: E731
+
+    def answered():
+        good = [json.loads(line) for line in lines() if line.endswith(b"}")]
+        return Counter(int(line["id"][1:]) for line in good if line.get("final", True))
+
     with Server(faults=0.2, seed=2, hang=4, latency=0.02) as server:
         for goal in (200, 450, 700, 1000):
             process = room.start(server, *words)
@@ -438,24 +547,23 @@ def test_three_kills_lose_nothing(room):
                 process.send_signal(signal.SIGKILL)
             said = process.communicate()
             assert process.returncode == (0 if goal == 1000 else -signal.SIGKILL), said
-            paid.append((len(server.seen), {int(json.loads(line)["id"][1:]) for line in lines()}))
+            paid.append((len(server.seen), set(answered())))
     for mark, logged in paid[:3]:
         assert not logged & {number(ask.question) for ask in server.seen[mark:]}
-    assert [json.loads(line)["id"] for line in lines()] == [line["id"] for line in room.log()]
-    assert Counter(line["id"] for line in room.log()) == {f"c{i}": 1 for i in range(1000)}
+    assert answered() == dict.fromkeys(range(1000), 1)
     assert sum(server.answered().values()) <= 1000 + 3 * 32, "those in flight at most"
     assert room.report()["accuracy"] == 1
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-@pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_a_floor_and_429_pauses_all(room, status, form):
+@pytest.mark.parametrize("status, form", [(429, "words"), (429, "date"), (503, "seconds")])
+def test_a_pause_asked_for_is_a_floor_and_429_pauses_all(room, status, form):
     make_folder(room.folder, 60)
 
     def reply(ask):
         if number(ask.question) == 8 and ask.attempt == 1:
             late = email.utils.formatdate(time.time() + 2, usegmt=True)  # in 1 to 2 seconds
-            return status, {"Retry-After": "1" if form == "seconds" else late}, error("Slow")
+            asked = {"seconds": {"Retry-After": "1"}, "date": {"Retry-After": late}}.get(form, {})
+            return status, asked, error("Please try again in 0m1.05s." if not asked else "Slow")
 
     with Server(reply, latency=0.05) as server:
         room.ask(server, "--concurrency", 4)
@@ -475,7 +583,7 @@ def test_a_useless_retry_after(room, value):
     assert len(room.log()) == 2
 
 
-@pytest.mark.parametrize("value", ["inf", "1e300", "Fri, 31 Dec 9999 23:59:59 GMT"])
+@pytest.mark.parametrize("value", ["inf", "Fri, 31 Dec 9999 23:59:59 GMT"])
 def test_an_endless_retry_after_can_be_stopped(room, value):
     with Server(lambda ask: (429, {"Retry-After": value}, "")) as server:
         process = room.start(server, "--concurrency", 2)
@@ -485,47 +593,6 @@ def test_an_endless_retry_after_can_be_stopped(room, value):
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=20)
     assert process.returncode == 3 and "Traceback" not in said[1]
-
-
-NO_MODEL = "The model `m` does not exist or you do not have access to it."
-STOPS = [
-    (401, error("Incorrect API key provided: none.", code="invalid_api_key")),
-    (402, error("Insufficient credits")), (403, error("Country, region not supported")),
-    (403, "<html><h1>Forbidden by the proxy</h1></html>"),
-    (404, error(NO_MODEL, code="model_not_found")), (404, {"object": "error", "message": NO_MODEL}),
-    (404, error('model "m" not found, try pulling it first')), (404, {"detail": "Not Found"}),
-    (400, error("m is not a valid model ID", code=400)),
-    (429, error("You exceeded your current quota, please check your plan and billing details.",
-                type="insufficient_quota", code="insufficient_quota")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("status, body", STOPS)
-@pytest.mark.parametrize("before", [0, 4])
-def test_a_refusal_for_good_stops_at_once(room, status, body, before):
-    with Server() as server:
-        if before:
-            room.ask(server, "--limit", before)
-        log = room.raw.read_bytes() if before else b""
-        server.reply = lambda ask: (status, {}, body)
-        said = room.ask(server, "--api", "chat", "--concurrency", 4, status=3).err
-        assert len(server.seen) - before <= 4 and room.raw.read_bytes() == log
-        words = body if isinstance(body, str) else body.get("error", body)
-        words = words if isinstance(words, str) else words.get("message", body.get("detail"))
-        assert words.replace("<html><h1>", "").replace("</h1></html>", "") in said
-        assert f"{24 - before} not asked for" in said and "python teacher.py" in said
-        server.reply = lambda ask: None
-        room.ask(server)
-    assert set(server.answered().values()) == {1} and len(room.log()) == 24
-
-
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_refused(room, monkeypatch, status):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key-0123456789")
-    with Server() as other, Server() as server:
-        server.reply = lambda ask: (status, {"Location": other.url + "/chat/completions"}, "")
-        assert other.url in room.ask(server, status=3).err
-    assert not other.seen and len(server.seen) <= 8
 
 
 def test_exhausted_retries_fail_one(room):
@@ -575,33 +642,35 @@ def test_a_signal_finishes_what_is_in_flight(room, signals):
             assert f"{24 - len(room.log())} not asked for" in err and signals[0].name in err
 
 
-KEYS = ["sk-proj-Secret_Key-0123456789", "sk-proj-Secret_Key-0123456789\n", "sk/a+b/Secret/0123=="]
-
-
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("status", [200, 400, 401, 307, 500])
-@pytest.mark.parametrize("escaped", [False, True])
-def test_the_key_is_nowhere(room, monkeypatch, key, status, escaped):
+@pytest.mark.parametrize("key", ["sk-proj-Secret_Key-0123456789\n", "sk/a+b/Secret/0123=="])
+@pytest.mark.parametrize("status", [200, 400, 307, 500])
+@pytest.mark.parametrize("form", ["raw", "escaped", "percent", "stream"])
+def test_the_key_is_nowhere(room, monkeypatch, key, status, form):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     key = key.strip()
+    echoed = "".join(f"%{ord(c):02X}" if c in "S/+=" else c for c in key)
 
     def reply(ask):
         """Says the key in all that it says, as a careless gateway would."""
         assert ask.headers["Authorization"] == f"Bearer {key}"
-        text = f"Because you said {key}. So the answer is blue."
-        good = completion(True, text, finish=key, reasoning=key)
+        text = f"Because you said {echoed if form == 'percent' else key}. So the answer is blue."
+        good = completion(True, text, reasoning=key)
+        if form == "stream" and status == 200:  # in two pieces
+            return 200, {}, stream([text[:25], text[25:]])
         raw = json.dumps(good | error(text) if status != 200 else good)
-        raw = raw.replace("/", "\\/").replace("Secret", "\\u0053ecret") if escaped else raw
-        return status, {"X": key, "Location": f"http://h/?{key}"}, raw
+        raw = (
+            raw.replace("/", "\\/").replace("Secret", "\\u0053ecret") if form == "escaped" else raw
+        )
+        return status, {"X": key, "Location": f"http://h/?{key}&{echoed}"}, raw
 
     with Server(reply) as server:
         assert key not in json.dumps(room.words(server))
-        said = room.ask(server, "--max-retries", 1, "--keep", "all",
-                        status=0 if status == 200 else 3)  # fmt: skip
-    assert server.seen and key not in said.out + said.err
+        code = {200: 0, 400: 2}.get(status, 3)
+        said = room.ask(server, "--max-retries", 1, "--keep", "all", status=code)
+    assert server.seen and not {key, echoed} & set(re.split(r"[ ,&?']", said.out + said.err))
     for path in room.path.rglob("*"):
-        assert path.is_dir() or key not in path.read_text(), path
-        assert path.is_dir() or "Secret" not in path.read_text(), path
+        assert path.is_dir() or "ecret" not in path.read_text(), path
+    assert "ecret" not in said.out + said.err
 
 
 @pytest.mark.parametrize("key", ["two words", "clé", "a\nb"])
@@ -615,36 +684,55 @@ def test_no_key(room, monkeypatch, key):
 
 ANSWER, SO = "The sky is blue. So the answer is blue.", "So the answer is blue."
 THOUGHT = "Look at the sky."
+QUOTE = "They want the form: So the answer is red."
+
+
+def stream(pieces: list[str], end: str = "data: [DONE]\n\n", finish: str | None = "stop") -> str:
+    """A chat answer as `data:` lines."""
+    deltas = [{"role": "assistant"}, *({"content": piece} for piece in pieces), {}]
+    events = [
+        {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
+    ]
+    events[-1]["choices"][0]["finish_reason"] = finish
+    events.append({"choices": [], "usage": {"total_tokens": 77}})
+    lines = (f"data: {json.dumps(event)}\n\n" for event in events)
+    return ": a comment\n\n" + "".join(lines) + end
 
 
 @pytest.mark.parametrize("content, finish, more, state, rationale", [
     (ANSWER, "stop", {}, "answered", "The sky is blue."),
-    (ANSWER, "stop", {"reasoning_content": THOUGHT}, "answered", "The sky is blue."),
+    (ANSWER, "stop", {"reasoning_content": QUOTE}, "answered", "The sky is blue."),
     (SO, "stop", {"reasoning_content": THOUGHT}, "answered", THOUGHT),
-    (SO, "stop", {"reasoning": THOUGHT}, "answered", THOUGHT),
+    (SO, None, {"reasoning": THOUGHT}, "answered", THOUGHT),
     (f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}", "stop", {}, "answered", "The sky is blue."),
-    (f"<think>\n{THOUGHT}\n</think>\n\n{SO}", "stop", {}, "answered", THOUGHT),
     (f"{THOUGHT}\n</think>\n\n{SO}", "stop", {}, "answered", THOUGHT),
-    (f"<think>{THOUGHT} So the answer is red.</think>{ANSWER}", "stop", {}, "answered",
-     "The sky is blue."),
-    ([{"type": "text", "text": ANSWER}], "stop", {}, "answered", "The sky is blue."),
+    (f"<think>{QUOTE}</think>{ANSWER}", "EOS", {}, "answered", "The sky is blue."),
     ([{"type": "text", "text": "The sky is blue. "}, {"type": "text", "text": SO}], "stop", {},
      "answered", "The sky is blue."),
     ([{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]},
-      {"type": "text", "text": SO}], "stop", {}, "answered", THOUGHT),
-    (None, "stop", {"reasoning_content": f"{THOUGHT} {SO}"}, "answered", THOUGHT),
+      {"type": "text", "text": SO}], "end_turn", {}, "answered", THOUGHT),
     (f"A: {ANSWER}", "stop", {}, "answered", "The sky is blue."),
     (f"{ANSWER}\n\nQ: What of grass?\nA: Grass is", "length", {}, "answered", "The sky is blue."),
-    (ANSWER, "length", {}, "truncated", "The sky is blue."),
-    (f"<think>\n{THOUGHT}", "length", {}, "truncated", THOUGHT),
+    # Thoughts give no label.
+    (None, "stop", {"reasoning": f"{THOUGHT} {SO}"}, "unparsed", ""),
+    ("", "STOP", {"reasoning_content": QUOTE}, "unparsed", ""),
+    (f"<think>\n{QUOTE}", "stop", {}, "unparsed", ""),
+    (f"Hm. <thinking>{QUOTE}", "stop", {}, "unparsed", "Hm."),
+    (f"<THINK>{QUOTE}</THINK>", "stop", {}, "unparsed", ""),
+    ([{"type": "thinking", "thinking": QUOTE}, {"type": "reasoning", "text": QUOTE}], "stop", {},
+     "unparsed", ""),
+    ("I do not know.", "stop", {"reasoning": QUOTE}, "unparsed", "I do not know."),
+    # Cut.
+    (ANSWER, "MAX_TOKENS", {}, "truncated", "The sky is blue."),
+    (SO, "length", {"reasoning": THOUGHT}, "truncated", ""),
+    (f"<think>\n{QUOTE}", "length", {}, "truncated", ""),
     (None, "length", {}, "truncated", ""),
-    ("", "length", {"reasoning": THOUGHT}, "truncated", THOUGHT),
-    ("I do not know.", "stop", {}, "unparsed", "I do not know."),
-    ("", "stop", {}, "unparsed", ""),
+    # Refused.
     (None, "stop", {"refusal": "I cannot help."}, "failed", None),
-    (None, "content_filter", {}, "failed", None),
+    (ANSWER, "content_filter", {}, "failed", None), (None, "RECITATION", {}, "failed", None),
+    ("The sky", "Prohibited_Content", {}, "failed", None), (ANSWER, "refusal", {}, "failed", None),
 ])  # fmt: skip
-def test_forms_of_an_answer(room, content, finish, more, state, rationale):
+def test_the_ending_decides_what_an_answer_is(room, content, finish, more, state, rationale):
     with Server(lambda ask: (200, {}, completion(True, content, finish, **more))) as server:
         room.ask(server, "--limit", 1, status=3 if state == "failed" else 0)
         assert len(server.seen) == 1
@@ -652,11 +740,70 @@ def test_forms_of_an_answer(room, content, finish, more, state, rationale):
         assert (state == "answered") == (len(read_jsonl(room.out)) == 1 == report["correct"])
         counts = {key: report[key] for key in ("failed", "truncated", "unparsed")}
         assert counts == {key: int(key == state) for key in counts}
+        assert report["cost"]["total_tokens"] == 10
         room.ask(None, "--parse-only", "--keep", "all")
         rows = read_jsonl(room.out)
         assert [row["rationale"] for row in rows] == [rationale] * (state != "failed")
     if state == "failed":
         assert (more.get("refusal") or finish) in room.log()[0]["error"]
+
+
+@pytest.mark.parametrize("finish, more", [
+    ("error", {}), ("abort", {}), ("network_error", {}), ("stop", {"error": {"message": "Died"}}),
+    ("a new word", {}),
+])  # fmt: skip
+def test_an_answer_that_was_broken_off_is_asked_again(room, finish, more):
+    bad = completion(True, ANSWER, finish)
+    bad["choices"][0] |= more
+    with Server(lambda ask: (200, {}, bad)) as server:
+        room.ask(server, "--limit", 2, "--max-retries", 2, "--keep", "all", status=3)
+        assert len(server.seen) == 6 and not read_jsonl(room.out)
+        report = room.report()
+        assert report["failed"] == 2 and report["cost"]["total_tokens"] == 60
+        assert report["unknown_endings"] == ({} if more else {finish: 6})
+        server.reply = lambda ask: None
+        room.ask(server, "--limit", 2, "--retry", "failed")
+    assert room.report()["answered"] == 2
+
+
+def test_labels_without_a_rationale_are_counted(room):
+    with Server(answer=lambda question: SO) as server:
+        room.ask(server, "--limit", 3)
+    assert room.report()["labels_without_rationale"] == 3
+
+
+@pytest.mark.parametrize("pack", [
+    lambda text: "\ufeff" + text, lambda text: gzip.compress(text.encode()),
+    lambda text: zlib.compress(text.encode()), lambda text: text.encode("utf-16"),
+    lambda text: stream([ANSWER[:7], ANSWER[7:]]),
+    lambda text: stream([ANSWER], end="").replace("\n", "\r\n"),
+])  # fmt: skip
+@pytest.mark.parametrize("header", [{}, {"Content-Type": "text/event-stream"}])
+def test_a_form_that_nobody_asked_for_is_read(room, pack, header):
+    good = json.dumps(completion(True, ANSWER))
+    with Server(lambda ask: (200, header, pack(good))) as server:
+        room.ask(server, "--limit", 3)
+    assert len(server.seen) == 3 and {line["completion"] for line in room.log()} == {ANSWER}
+    assert {line["usage"]["total_tokens"] for line in room.log()} <= {10, 77}
+
+
+def test_a_stream_without_an_end_is_no_answer(room):
+    half = stream([ANSWER], end="", finish=None)
+    with Server(lambda ask: (200, {}, half) if ask.attempt == 1 else None) as server:
+        room.ask(server, "--limit", 2)
+    assert len(server.seen) == 4 and sum("final" in line for line in room.log()) == 2
+
+
+@pytest.mark.parametrize("concurrency, most", [(1, 3), (8, 10)])
+@pytest.mark.parametrize("body", ["event: x\n<answer>", "{'choices': 1}", {"status": "ok"}])
+def test_an_unknown_form_stops_and_is_named(room, body, concurrency, most):
+    with Server(lambda ask: (200, {"Content-Type": "text/x-odd"}, body)) as server:
+        said = room.ask(server, "--concurrency", concurrency, status=3).err
+        assert len(server.seen) <= most and "text/x-odd" in said
+        assert len(room.log()) == len(server.seen) and not read_jsonl(room.out)
+        server.reply = lambda ask: None
+        room.ask(server)
+    assert room.report()["answered"] == 24
 
 
 @pytest.mark.parametrize("where", ["content", "finish", "reasoning", "usage", "error", "refusal"])
@@ -670,13 +817,13 @@ def test_half_a_surrogate_pair(room, where):
         good["choices"][0]["message"].update({where: bad, "content": content})
     elif where == "finish":
         good["choices"][0]["finish_reason"] = bad
-    failed = where in ("error", "refusal")
     reply = (400, {}, error(bad)) if where == "error" else (200, {}, good)
+    code = {"error": 2, "refusal": 3, "finish": 3}.get(where, 0)
     with Server(lambda ask: reply) as server:
-        room.ask(server, "--limit", 3, status=3 if failed else 0)
-    assert len(room.log()) == 3 == len(server.seen)
-    room.ask(None, "--parse-only")
-    assert len(read_jsonl(room.out)) == 3 * (not failed)
+        room.ask(server, "--limit", 3, "--max-retries", 0, status=code)
+    if where != "error":
+        room.ask(None, "--parse-only")
+        assert len(read_jsonl(room.out)) == 3 * (code == 0)
 
 
 @pytest.mark.parametrize("usage", [
@@ -694,31 +841,29 @@ def test_odd_usage_neither_stops_nor_spoils_the_log(room, usage):
 # ---- The raw log ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_log_cut_at_any_byte_of_its_last_line_is_repaired(room, n):
+def test_a_torn_last_line_is_skipped_and_never_truncated(room):
     odd = lambda question: f'"Señor" \\ 😀 {{"id": "\n"}} {ANSWER}'  # noqa: E731
     with Server(answer=odd) as server:
-        room.ask(server, "--limit", n)
-        whole = room.raw.read_bytes()
-        *lines, last = whole.splitlines(keepends=True)
-        for cut in range(len(last)):
+        room.ask(server, "--limit", 3, "--concurrency", 1)
+        *lines, last = room.raw.read_bytes().splitlines(keepends=True)
+        for cut in range(1, len(last)):
             room.raw.write_bytes(b"".join(lines) + last[:cut])
-            kept = lines + [last] * (cut == len(last) - 1)  # all but the end of line
-            assert [r for _, r in teacher.read_log(room.raw)] == [json.loads(k) for k in kept]
-            with teacher.Log(room.raw) as log:
-                log.append(json.loads(last))
-            assert room.raw.read_bytes() == b"".join(kept) + last, cut
+            known = [record["id"] for _, record in teacher.read_log(room.raw)]
+            assert known == ["c0", "c1", "c2"][: 2 + (cut == len(last) - 1)]
         for cut in (0, 1, 20, len(last) // 2, len(last) - 2, len(last) - 1):
-            room.raw.write_bytes(b"".join(lines) + last[:cut])
+            torn = b"".join(lines) + last[:cut]
+            room.raw.write_bytes(torn)
             asked = len(server.seen)
-            said = room.ask(server, "--limit", n).out
-            assert ("torn last line" in said) == (0 < cut < len(last) - 1)
+            said = room.ask(server, "--limit", 3).err
+            assert ("torn" in said) == (0 < cut < len(last) - 1)
             assert len(server.seen) - asked == (cut < len(last) - 1)
-            assert room.raw.read_bytes().startswith(b"".join(lines)) and len(room.log()) == n
+            assert room.raw.read_bytes().startswith(torn)
+            room.ask(server, "--limit", 3)  # it can be read ever after
+            assert room.report()["settled"] == 3
 
 
 @pytest.mark.parametrize("line", [
-    "garbage", "[]", "{}", "", "null", "\0" * 40, '{"id": "c1"}', "half", "no input", "no seconds",
+    "garbage", "[]", "{}", "", "null", "\0" * 40, '{"id": "c1"}', "no input", "no seconds",
     "settings", "usage", "attempts",
 ])  # fmt: skip
 def test_a_malformed_line_is_told_with_its_place(room, line):
@@ -729,7 +874,6 @@ def test_a_malformed_line_is_told_with_its_place(room, line):
                   "settings": {"settings": "chat"}, "usage": {"usage": [7]},
                   "attempts": {"attempts": "1"}}.get(line)  # fmt: skip
         line = json.dumps(json.loads(record) | change) if change else line
-        line = record[: len(record) // 2] if line == "half" else line
         room.raw.write_text(f"{first}\n{line}\n{last}\n")
         before = room.raw.read_bytes()
         for words in ((server,), (None, "--parse-only")):
@@ -740,7 +884,7 @@ def test_a_malformed_line_is_told_with_its_place(room, line):
 def test_a_file_that_is_no_log(room):
     room.raw.write_text("dear diary")
     with Server() as server:
-        assert "no raw log" in room.ask(server, status=2).err
+        assert "no line of a raw log" in room.ask(server, status=2).err
     assert room.raw.read_text() == "dear diary" and not server.seen
     room.raw.unlink()
     assert "out.raw.jsonl" in room.ask(None, "--parse-only", status=2).err
@@ -782,12 +926,11 @@ def test_a_full_disk_loses_nothing(room):
         process = room.start(server, preexec_fn=limit)
         _, err = process.communicate()
         assert process.returncode == 3 and "space" in err or "large" in err, err
-        assert room.raw.read_bytes().endswith(b"}\n"), "no half a line stays"
         mark, whole = len(server.seen), room.raw.read_bytes().split(b"\n")[:-1]
         room.ask(server)
     again = {f"c{number(ask.question)}" for ask in server.seen[mark:]}
     assert not again & {json.loads(line)["id"] for line in whole} and 3 < len(whole) < 24
-    assert len(room.log()) == 24
+    assert room.report()["answered"] == 24
 
 
 # ---- What is asked, and what becomes of it -------------------------------------------------------
@@ -967,4 +1110,4 @@ def test_the_command_itself(room):
     with Server() as server:
         done = run("teacher.py", *room.words(server, "--concurrency", 32))
     assert len(room.log()) == 24 and "24 examples" in done.stdout and done.stderr == ""
-    assert threading.active_count() < 40 and os.access(room.out, os.R_OK)
+    assert os.access(room.out, os.R_OK)
