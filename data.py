@@ -742,9 +742,8 @@ def _expression(text: str, opened: str) -> str | None:
     if len(parts) == 1 and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
         return None  # it goes on in the next line
     sentence = parts[0].strip()
-    if (
-        evaluate_arithmetic(sentence) is None and len(sentence) <= MAX_MARKED
-    ):  # "(9) * 2" has no emphasis in it
+    # "(9) * 2" has no emphasis in it.
+    if evaluate_arithmetic(sentence) is None and len(sentence) <= MAX_MARKED:
         sentence = EMPHASIS.sub(r"\2", _bare(sentence, opened))
     sides = [_numbers(side) for side in sentence.split("=")]
     same = all(_same_value(side, sides[0]) for side in sides)
