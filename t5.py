@@ -399,8 +399,8 @@ class T5(nn.Module):
         """T5's initialisation: unscaled scores and logits start out with a variance of about 1.
 
         Each parameter has a random stream of its own, seeded by (seed, name) and drawn on the CPU,
-        so the weights are the same on any device and at any number of processes. Of a sharded model
-        each process keeps its own part; one whole parameter is in memory at a time.
+        so the weights are the same on any device and with any number of processes. A process keeps
+        its shard of each parameter, and holds one whole parameter at a time.
         https://github.com/huggingface/transformers/blob/v4.28.1/src/transformers/models/t5/modeling_t5.py
         (its untied head, drawn with std 1, starts with logits sqrt(D) too wide; ours has D^-0.5)
         """

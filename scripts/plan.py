@@ -110,7 +110,7 @@ def simulate(c: train.Config, config: T5Config, gpus: int, sources: int, targets
             evaluation = peak_in_evaluation(tracker, model, shape, c.precision)
     finally:
         dist.destroy_process_group()
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = train.parameters(model)
     # DDP keeps its buckets, float32 for each parameter, after the gradients are gone.
     buckets = 4 * parameters if c.parallel == "ddp" else 0
     parts = {

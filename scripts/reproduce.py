@@ -102,8 +102,8 @@ class Scale:
     pools: tuple[float, ...]
 
     def point(self, method: str, labels: str = "human", size: str = "", **more) -> Point:
-        """A point on this data set, at the base size unless another is named. Standard fine-tuning
-        on human labels reads no rationales: its point is the same whoever the teacher is."""
+        """Returns a point on this data set, at the base size unless another is named. Standard
+        fine-tuning on human labels reads no rationales, so all teachers share its point."""
         point = Point(self.dataset, size or self.base, method, labels, **more)
         unused = method == "standard" and labels == "human"
         return replace(point, rationales="" if unused else point.rationales or self.teachers[0])
@@ -420,12 +420,6 @@ def side_by_side(runs: list[Run], places: list[list[str]], logs: Path) -> dict[P
 # ---- Results -------------------------------------------------------------------------------------
 
 
-def n_parameters(student: Path) -> int:
-    """Of a student: what is deployed."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in t5.T5(t5.T5.read_config(student)).parameters())
-
-
 @functools.cache
 def n_examples(dataset: str, root: str) -> int:
     """Of the whole training split."""
@@ -452,7 +446,7 @@ def row_of(run: Run) -> dict:
         "seed": run.seed,
         "accuracy": run.accuracy(),
         "scored_on": f"{split}, {got['labels']} labels",
-        "parameters": n_parameters(run.out / "best"),
+        "parameters": got["parameters"],
         "examples": max(1, examples),
         "steps": c.steps,
         "tokens": round(sum(tokens_an_example) * c.batch_size),
