@@ -192,15 +192,6 @@ FIELDS |= {"settings": dict, "completion": str | None, "usage": dict | None, "at
 FIELDS |= {"seconds": int | float, "time": str}
 
 
-def append(file: FileIO, record: dict, secret: re.Pattern) -> None:
-    """Writes one line with one call, so that no crash of ours leaves half of it. The log is never
-    rewritten or truncated. It holds no key, and "?" for half a surrogate pair."""
-    line = secret.sub("[key]", json.dumps(record, ensure_ascii=False))
-    raw = f"{line}\n".encode("utf-8", "replace")
-    if file.write(raw) < len(raw):  # a full disk takes a part
-        raise OSError(f"no space left for {file.name}")
-
-
 def read_log(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, record) of each line. The start of a line, which a crash left, is skipped;
     UserError for anything else."""
@@ -241,7 +232,8 @@ def read_answer(name: str | Task, record: dict) -> Answer:
         return Answer("failed")
     text, thoughts = record["completion"] or "", record.get("reasoning") or ""
     # The answer follows the last closing tag; the first opening tag may be the server's own.
-    if closed := list(CLOSING.finditer(text)):
+    closed = list(CLOSING.finditer(text))
+    if closed:
         thoughts, text = OPENING.sub("", text[: closed[-1].start()]), text[closed[-1].end() :]
     text = re.sub(r"^\s*A:", "", OPENING.split(text)[0]).strip()  # and ends where another opens
     found = parse_completion(name, text, released=False)
@@ -310,17 +302,17 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
     answer; failed: this example, for good; again; pause: again, and all wait; unreadable;
     refused: the request or the example; denied: all requests; stop: the run; unreachable.
     """
-    value = read_body(reply.text)
-    if not 200 <= reply.status < 300:
-        return *judge_status(reply.status, value, reply), {}
-    value = value if isinstance(value, dict) else {}
-    fields, choice = read_choice(value)
-    fields["usage"] = read_usage(value.get("usage"), fields, body, reply)
-    error = value.get("error")
-    if choice is None and error:  # some gateways send their errors with status 200
-        code = error_object(value).get("code")
-        code = code if isinstance(code, int) and code > 299 else 500
-        return *judge_status(code, value, reply), fields
+    value, status, fields, choice = read_body(reply.text), reply.status, {}, None
+    error = value.get("error") if isinstance(value, dict) else None
+    if 200 <= status < 300:
+        fields, choice = read_choice(value)
+        fields["usage"] = read_usage(value, fields, body, reply)
+        if choice is None and error:  # some gateways send their errors with status 200
+            code = error_object(value).get("code")
+            status = code if isinstance(code, int) and code > 299 else 500
+    if not 200 <= status < 300:
+        what, words = judge_status(status, value, reply)
+        return what, words, fields
     if choice is None:
         kind, start = reply.headers.get("Content-Type"), reply.text.strip()[:80]
         words = f"an answer in no known form ({kind}), which begins with {start!r}"
@@ -341,9 +333,8 @@ def judge_status(status: int, value: Any, reply: Reply) -> tuple[str, str]:
     if status == 0:
         never = ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError
         cause = getattr(reply.broken, "reason", reply.broken)  # of an URLError
-        return "unreachable" if isinstance(
-            cause, never
-        ) else "again", f"cannot reach it: {said(cause)}"
+        what = "unreachable" if isinstance(cause, never) else "again"
+        return what, f"cannot reach it: {said(cause)}"
     code = str(error_object(value).get("code")).lower()
     what = STATUSES.get(status) or ("again" if status > 499 else "refused")
     words = f"HTTP {status}: {said(reply.text if value is None else value) or 'no words'}"
@@ -402,8 +393,9 @@ def flat(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def read_usage(usage: Any, fields: dict, body: dict, reply: Reply) -> dict:
+def read_usage(value: Any, fields: dict, body: dict, reply: Reply) -> dict:
     """The numbers of `usage`; without a total, four characters a token."""
+    usage = value.get("usage") if isinstance(value, dict) else None
     usage = usage if isinstance(usage, dict) else {}
     usage = {key: number for key, number in usage.items() if isinstance(number, int)}
     if "total_tokens" in usage:
@@ -424,10 +416,11 @@ def said(value: Any) -> str:
     """All the words of an error, whatever its shape, in one line."""
     if isinstance(value, Exception):
         return f"{type(value).__name__}: {value}"
-    if isinstance(value, str) and not isinstance(inner := read_json(value), list | dict):
+    inner = read_json(value) if isinstance(value, str) else value
+    if isinstance(value, str) and not isinstance(inner, list | dict):
         text = re.sub(r"<[^>]*>", " ", value) if value.lstrip().startswith("<") else value  # HTML
         return " ".join(text.encode("utf-8", "replace").decode().split())
-    value = inner if isinstance(value, str) else value  # JSON in a text: OpenRouter's metadata.raw
+    value = inner  # also of JSON in a text, such as OpenRouter's metadata.raw
     if isinstance(value, dict):  # without the request, which FastAPI sends back as `input`
         value = [part for key, part in value.items() if key != "input"]
     parts = map(said, value if isinstance(value, list) else [])
@@ -497,7 +490,6 @@ class Client:
         self.ever = facts["settings"] is not None  # whether the log holds answers
         self.tokens = facts["cost"].get("total_tokens", 0)
         self.answered = self.failed = self.unreadable = 0
-        self.heard = False  # whether any reply came
         self.row: list[str] = []  # the failures since the last answer
         self.shown: set[str] = set()  # what was said once
         self.dropped: set[str] = set()  # keys that the server refused
@@ -514,7 +506,7 @@ class Client:
         try:
             with self.opener.open(request, timeout=self.args.timeout) as response:
                 status, headers = response.status, response.headers
-                while part := response.read1(1 << 16):
+                for part in iter(lambda: response.read1(1 << 16), b""):
                     raw += part
                     if time.monotonic() > deadline or len(raw) > MAX_BODY:
                         raise TimeoutError("the answer was too slow or too long")
@@ -550,7 +542,7 @@ class Client:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.note))
             while self.flying or ((jobs or self.waiting) and not self.reason):
-                while job := self.next_job(jobs):
+                for job in iter(lambda: self.next_job(jobs), None):
                     body = self.request(job)
                     job.sent, job.answered = time.monotonic(), self.answered
                     future = pool.submit(self.post, body)
@@ -559,7 +551,7 @@ class Client:
                 with contextlib.suppress(queue.Empty):  # soon enough to see a signal or a job
                     future = done.get(timeout=0.02)
                     self.take(*self.flying.pop(future), future.result())
-        if self.fatal:
+        if self.fatal and not (self.answered or self.ever):
             raise UserError(self.reason)
         return self.reason
 
@@ -591,16 +583,15 @@ class Client:
         words += self.place if words else ""
         if fields and what not in ("answer", "failed"):
             self.write(job, fields | {"final": False, "error": words})
-        if what == "unreachable":
-            what = "again" if self.heard else "stop"
-        self.heard = self.heard or reply.status > 0
+        if what == "unreachable":  # a server that has answered may come back
+            what = "again" if self.answered else "stop"
         if what == "unreadable" and not (self.unreadable and self.flying):
             self.unreadable += 1  # replies that were in flight together count twice at most
             what = "stop" if self.unreadable >= UNREADABLE and not self.answered else what
         if what in ("answer", "failed"):
             self.settle(job, words, fields)
         elif what in ("denied", "stop"):
-            self.stop(words, what == "denied")
+            self.stop(words, fatal=what == "denied")
         elif what == "refused" and self.drop(body, error_object(read_json(reply.text))):
             self.waiting.append(job)
         elif what == "refused":
@@ -637,7 +628,11 @@ class Client:
             self.stop(f"{len(self.row)} failures in a row, the last: {error}")
 
     def write(self, job: Job, fields: dict) -> None:
-        """Appends a line to the log and counts what it cost."""
+        """Appends a line to the log and counts what it cost.
+
+        One call writes the line, so that no crash of ours leaves half of it. The log is never
+        rewritten or truncated. It holds no key, and "?" for half a surrogate pair.
+        """
         example, refused = job.example, sorted(self.dropped)
         settings = self.settings | {"max_tokens": self.args.max_tokens, "refused": refused}
         record = {"id": example.id, "sample": job.sample, "input_sha256": input_sha256(example)}
@@ -645,7 +640,10 @@ class Client:
         record |= {"completion": None, "usage": None, **fields, "attempts": job.attempts}
         record["seconds"] = round(time.monotonic() - job.sent, 3)
         record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-        append(self.file, record, self.secret)
+        line = self.secret.sub("[key]", json.dumps(record, ensure_ascii=False)) + "\n"
+        raw = line.encode("utf-8", "replace")
+        if self.file.write(raw) < len(raw):  # a full disk takes a part
+            raise OSError(f"no space left for {self.file.name}")
         self.tokens += (record["usage"] or {}).get("total_tokens", 0)
 
     def release(self) -> None:
@@ -683,10 +681,10 @@ class Client:
         self.shown.add(kind)
 
     def stop(self, reason: str, fatal: bool = False) -> None:
-        """Sends nothing new from now on; the first reason stands. fatal: a user's mistake, where
+        """Sends nothing new from now on; the first reason stands. fatal: a user's mistake, if
         nothing was ever answered."""
-        self.fatal = self.fatal or (fatal and not self.reason and not (self.answered or self.ever))
-        self.reason = self.reason or reason
+        if not self.reason:
+            self.reason, self.fatal = reason, fatal
 
 
 def check_url(url: str) -> str:
@@ -779,8 +777,8 @@ def check(args: argparse.Namespace) -> None:
         if value is not None and not least <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     args.retry = set(filter(None, args.retry.split(",")))
-    if wrong := args.retry - {"truncated", "failed", "unparsed"}:
-        raise UserError(f"--retry {wrong.pop()!r} is unknown; allowed: truncated,failed,unparsed")
+    for state in args.retry - {"truncated", "failed", "unparsed"}:
+        raise UserError(f"--retry {state!r} is unknown; allowed: truncated,failed,unparsed")
     body = read_json(args.body)
     if not isinstance(body, dict) or body.keys() & set(INPUTS):
         form = """a JSON object such as '{"reasoning_effort": "low", "max_tokens": null}'"""
@@ -803,8 +801,8 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
     one, but a failure replaces nothing. facts: how they were asked for, what all the lines cost."""
     inputs = {example.id: input_sha256(example) for example in examples}
     answers, endings, asked = {}, Counter(), {}
-    cost = Counter(dict.fromkeys((*TOKENS, "retries", "request_seconds"), 0))
-    task, first, last = get_task(name), None, None
+    cost = Counter(dict.fromkeys((*TOKENS, "retries"), 0))
+    task = get_task(name)
     for number, record in read_log(path):
         id, finish = record["id"], record.get("finish_reason")
         if record["input_sha256"] != inputs.get(id):
@@ -812,9 +810,7 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
             raise UserError(f"{path}:{number}: {id!r} stands for {other}, give another --out")
         for key in TOKENS:
             cost[key] += (record.get("usage") or {}).get(key) or 0
-        cost["request_seconds"] += record["seconds"]
         endings[str(finish)] += ending_of(finish) == "unknown"
-        first, last = first or record["time"], record["time"]
         if record.get("final", True):
             cost["retries"] += record["attempts"] - 1
             answer, some = read_answer(task, record), answers.setdefault(id, {})
@@ -822,8 +818,7 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
                 some[record["sample"]], asked = answer, record
             some.setdefault(record["sample"], answer)
     facts = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
-    facts |= {"unknown_endings": dict(+endings), "cost": dict(cost)}
-    return answers, facts | {"first": first, "last": last}
+    return answers, facts | {"unknown_endings": dict(+endings), "cost": dict(cost)}
 
 
 def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> str:
