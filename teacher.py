@@ -152,7 +152,12 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
 
 
 def _parse_prompt(task: Task, path: Path, form: str) -> Prompt:
-    """Reads a file whose blocks have blank lines between them."""
+    """Reads a file whose blocks have blank lines between them.
+
+    Blocks before the first "Q: " are the instruction; each later block is one demonstration. The
+    same parser that reads the teacher's answers must find a rationale and an allowed label in each,
+    or the teacher would be shown a form that cannot be read back.
+    """
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -246,8 +251,9 @@ def read_answer(name: str | Task, record: dict) -> Answer:
 
 
 def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
-    """The majority's label, and the first rationale that led to it. Equations of one value are one
-    label; labels in the set go before others; only whole answers vote, if there are any."""
+    """The majority's label, and the first rationale that led to it (self-consistency, Wang et al.,
+    2022). Equations of one value are one label; labels in the set go before others; only whole
+    answers vote, if there are any. Of equally many votes, the first answer's label counts."""
     votes = [a for a in answers if a.state == "answered"]
     task = get_task(name)
     votes = [a for a in votes if not not_allowed(task, example.input, a.label)] or votes
@@ -299,8 +305,17 @@ Reply = namedtuple("Reply", "status text headers broken")
 def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
     """(what a reply means, its words, the log's fields if it was paid for).
 
-    answer; failed: this example, for good; again; pause: again, and all wait; unreadable;
-    refused: the request or the example; denied: all requests; stop: the run; unreachable.
+    This function looks at one reply only. What follows from its meaning, which also depends on
+    what came before, is decided by Client.take. The meanings:
+    - answer: it goes to the log, and the parser reads it later (whole and cut answers alike)
+    - failed: the server filters this example; asking again would not help
+    - again: a passing fault; the same request is sent once more after a pause
+    - pause: a rate limit; the same, and no worker sends anything until the pause is over
+    - unreadable: status 200 and a body in no known form; such a server is asked three times
+    - refused: a 4xx; the request is wrong before the first answer, this example is after it
+    - denied: a wrong key or no credit; every other request would fail too
+    - stop: a redirect or an exhausted quota; the run ends and can go on later
+    - unreachable: no server at this address, or none with a valid certificate
     """
     value, status, fields, choice = read_body(reply.text), reply.status, {}, None
     error = value.get("error") if isinstance(value, dict) else None
@@ -350,7 +365,12 @@ def read_json(text: str) -> Any:
 
 
 def read_body(text: str) -> Any:
-    """The JSON of a body. The pieces of a stream (`data:` lines) are joined into one answer."""
+    """The JSON of a body; None for a body in no known form.
+
+    The pieces of a stream (`data:` lines, which some gateways send although nobody asked for them)
+    are joined into one answer. Usage comes with the last event. A stream without `[DONE]` and
+    without a finish_reason was cut off: it gets an ending that ENDINGS does not know.
+    """
     lines = [line[5:].strip() for line in text.split("\n") if line.startswith("data:")]
     if not lines:
         return read_json(text)
@@ -368,7 +388,11 @@ def read_body(text: str) -> Any:
 
 
 def read_choice(value: Any, key: str = "message") -> tuple[dict, dict | None]:
-    """(fields for the log, the first choice) of a reply; no choice where it is no completion."""
+    """(fields for the log, the first choice) of a reply; no choice where it is no completion.
+
+    key: "message", or "delta" in the events of a stream. Thoughts have a key of their own, whose
+    name depends on the server, or are parts of the content.
+    """
     fields = {"completion": None, "reasoning": "", "refusal": "", "finish_reason": None}
     try:
         choice = value["choices"][0]
@@ -394,7 +418,8 @@ def flat(content: Any) -> str:
 
 
 def read_usage(value: Any, fields: dict, body: dict, reply: Reply) -> dict:
-    """The numbers of `usage`; without a total, four characters a token."""
+    """The numbers of `usage` in a reply. Without a total, an estimate of four characters a token,
+    from the request and the answer, so that --max-tokens-total holds for such servers too."""
     usage = value.get("usage") if isinstance(value, dict) else None
     usage = usage if isinstance(usage, dict) else {}
     usage = {key: number for key, number in usage.items() if isinstance(number, int)}
@@ -413,7 +438,11 @@ def error_object(value: Any) -> dict:
 
 
 def said(value: Any) -> str:
-    """All the words of an error, whatever its shape, in one line."""
+    """All the words of an error, whatever its shape, in one line.
+
+    Servers put them in `error.message`, `detail`, `errors`, a list, a text, JSON within a text or
+    HTML. This collects every text in the value, each once and in order, instead of knowing forms.
+    """
     if isinstance(value, Exception):
         return f"{type(value).__name__}: {value}"
     inner = read_json(value) if isinstance(value, str) else value
@@ -428,7 +457,8 @@ def said(value: Any) -> str:
 
 
 def wait_asked(reply: Reply, words: str) -> float:
-    """The seconds of Retry-After, which may be a date, or of "try again in 1m7.66s"."""
+    """The seconds of Retry-After, which may be a date, or of "try again in 1m7.66s" in the body;
+    the larger of both. 0 for none, a useless one or a date that has passed; at most a day."""
     value, seconds = reply.headers.get("Retry-After") or "0", 0.0
     try:
         seconds = float(value)
@@ -439,7 +469,7 @@ def wait_asked(reply: Reply, words: str) -> float:
     found = re.search(r"(?:again|retry) (?:in|after) ((?:[\d.]+ ?(?:ms|[hms])[a-z]* ?)+)", words)
     parts = re.findall(r"(\d+\.?\d*|\.\d+) ?(ms|[hms])", found[1] if found else "")
     seconds = max(seconds, sum(float(number) * units[unit] for number, unit in parts))
-    return min(86_400.0, seconds) if seconds > 0 else 0.0  # at most a day; 0 for NaN
+    return min(86_400.0, seconds) if seconds > 0 else 0.0  # NaN > 0 is false
 
 
 # ---- The client ----------------------------------------------------------------------------------
@@ -447,7 +477,7 @@ def wait_asked(reply: Reply, words: str) -> float:
 
 @dataclass
 class Job:
-    """An answer to ask for: the sample-th of an example."""
+    """An answer to ask for: the sample-th of an example. Times are time.monotonic()'s seconds."""
 
     example: Example
     sample: int
@@ -469,8 +499,18 @@ class Plain(urllib.request.HTTPErrorProcessor):
 
 
 class Client:
-    """Asks for the answers of jobs, many at a time. Workers run `post` and nothing else; the main
-    thread alone decides what to send, writes the log, counts and reports."""
+    """Asks for the answers of jobs, many at a time.
+
+    Workers run `post` and nothing else; the main thread alone decides what to send, writes the
+    log, counts and reports, so nothing here needs a lock. A job moves between four places:
+
+        jobs -> flying -> the log (an answer, or a final failure)
+                  |  ^
+                  v  |
+                waiting (asked again later)  or  held (refused before the first answer)
+
+    A killed run leaves whole lines in the log and loses only what was in flight.
+    """
 
     def __init__(self, args: argparse.Namespace, prompt: Prompt, file: FileIO, facts: dict):
         self.args, self.prompt, self.file = args, prompt, file
@@ -483,12 +523,19 @@ class Client:
         proxies = proxies_for(base)
         proxy = re.sub("//.*@", "//", proxies.get(urllib.parse.urlsplit(base).scheme, ""))
         self.place = f" ({self.url}{f' through the proxy {proxy}' if proxy else ''})"
-        self.opener = urllib.request.build_opener(Plain, urllib.request.ProxyHandler(proxies))
+        # One TLS context for all requests: urllib loads the certificates again for each by default.
+        context = ssl.create_default_context() if base.startswith("https") else None
+        handlers = (
+            urllib.request.HTTPSHandler(context=context),
+            urllib.request.ProxyHandler(proxies),
+        )
+        self.opener = urllib.request.build_opener(Plain, *handlers)
         self.asked = {"model": args.model, "prompt_sha256": prompt.sha256}
         kept = ("api", "temperature", "seed", "body")
         self.settings = {name: getattr(args, name) for name in kept}
         self.ever = facts["settings"] is not None  # whether the log holds answers
         self.tokens = facts["cost"].get("total_tokens", 0)
+        # What this run has seen so far. `answered` decides what a refusal means.
         self.answered = self.failed = self.unreadable = 0
         self.row: list[str] = []  # the failures since the last answer
         self.shown: set[str] = set()  # what was said once
@@ -577,7 +624,8 @@ class Client:
         return self.waiting.pop(self.waiting.index(job)) if job else jobs.popleft()
 
     def take(self, job: Job, body: dict, reply: Reply) -> None:
-        """Logs what was paid for, then does what the reply means."""
+        """Logs what was paid for, then does what the reply means: the job is settled, waits to be
+        asked again, is held until the others are back, or the run stops."""
         job.attempts += 1
         what, words, fields = judge(reply, body)
         words += self.place if words else ""
@@ -602,7 +650,11 @@ class Client:
             self.release()
 
     def retry(self, job: Job, what: str, words: str, least: float) -> None:
-        """Asks again, after `least` seconds or more, until --max-retries."""
+        """Asks again, after `least` seconds or more, until --max-retries.
+
+        The pause doubles with each try and is drawn at random from its upper half, so that
+        requests which failed together do not come back together.
+        """
         # A rate limit that lets others through is not this request's fault.
         job.tries += what != "pause" or self.answered <= job.answered
         if job.tries > self.args.max_retries:
@@ -656,7 +708,11 @@ class Client:
             self.settle(job, words, {})
 
     def drop(self, body: dict, error: dict) -> bool:
-        """Sends a key no more where the server names it in the form that OpenAI documents."""
+        """Sends a key no more where the server names it in the form that OpenAI documents.
+
+        Returns whether the same job may be asked again without it. Several requests with the key
+        may be in flight: each comes here, and the user is told once.
+        """
         key, named = error.get("param"), ("unsupported_parameter", "unsupported_value")
         if error.get("code") not in named or key not in body.keys() - set(INPUTS):
             return False
@@ -666,7 +722,8 @@ class Client:
         return True
 
     def advice(self, body: dict, status: int, words: str) -> str:
-        """What may help after a refusal."""
+        """What may help after a refusal: /v1 after a 404, and for each key of the request that the
+        server's words name, the --body that leaves it out."""
         hint = "; most servers want a --base-url that ends in /v1" if status == 404 else ""
         for key in body.keys() - set(INPUTS):
             if re.search(rf"\b{re.escape(key)}\b", words):
@@ -710,7 +767,11 @@ def check_key(base: str) -> str:
 
 
 def key_pattern(key: str) -> re.Pattern:
-    """Matches a key as it is, JSON-escaped or percent-encoded; nothing for a very short one."""
+    """Matches a key as it is, JSON-escaped or percent-encoded; nothing for a very short one.
+
+    A gateway may echo the key in an error, an answer or a redirect's Location, in any of these
+    forms, and even mix them: each character is matched in all forms.
+    """
     form = r"\\*(?:{0}|[uU]{1:04x}|[uU]{1:04X}|%(?:25)*{1:02x}|%(?:25)*{1:02X})"
     forms = "".join(form.format(re.escape(c), ord(c)) for c in key)
     return re.compile(forms if len(key) > 7 else "(?!)")
@@ -822,7 +883,11 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
 
 
 def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> str:
-    """Asks for what the log lacks; returns why it stopped early, if it did."""
+    """Asks for what the log lacks; returns why it stopped early, if it did.
+
+    The lock on the log keeps a second process out. UserError if the log's answers came from other
+    settings: one log mixes no models, prompts or temperatures.
+    """
     prompt = read_prompt(args.dataset, args.shots)
     with data.lock(path) as file:
         answers, facts = read_answers(path, args.dataset, examples)
