@@ -931,7 +931,7 @@ def show(report: dict) -> None:
         print(f"cost {', '.join(parts)}")
     for name, n in r.get("unknown_endings", {}).items():
         print(f"{n:,} replies ended in {name!r}, which is no known ending: they are no answers")
-    if len(r["label_counts"]) <= 10:
+    if 0 < len(r["label_counts"]) <= 10:
         print(f"labels: {', '.join(f'{k} {v:,}' for k, v in r['label_counts'].items())}")
     if r["accuracy"] is not None:
         print(f"accuracy {r['accuracy']:.4f} ({r['correct']:,} of {r['scored']:,}, human labels)")
