@@ -75,12 +75,6 @@ def row(i, **more):
     return {"id": f"r{i}", "input": f"x {i}", "label": "yes", "rationale": "because", **more}
 
 
-def test_data(refuse, tmp_path):
-    write(tmp_path / "mine", [*(row(i) for i in range(3)), row(9, label=7)])  # more: test_data.py
-    error = refuse("--dataset", "mine")
-    assert "label 7" in error and "train.jsonl:4:" in error, "the line is named"
-
-
 def test_empty_splits_and_missing_labels(refuse, tmp_path):
     write(tmp_path / "none", [])
     assert "empty" in refuse("--dataset", "none")

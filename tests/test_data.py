@@ -1,7 +1,6 @@
 """Datasets, their splits and bad input, completions, and the order of batches."""
 
 import errno
-import hashlib
 import json
 import os
 import subprocess
@@ -28,7 +27,6 @@ from data import (
     load_dataset,
     lock,
     parse_completion,
-    sha256,
     unknown_characters,
     write_json,
     write_jsonl,
@@ -100,12 +98,6 @@ def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path, monkeypatch, 
         monkeypatch.setattr("fcntl.flock", no_locks)
         with lock(path), lock(path):
             assert capsys.readouterr().err.count("warning: ") == 2
-
-
-def test_sha256_of_bytes_and_of_a_file(tmp_path: Path) -> None:
-    content = b"0123456789" * 200_000  # more than one piece
-    (tmp_path / "file").write_bytes(content)
-    assert sha256(content) == sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 # ---- Real data
@@ -350,12 +342,6 @@ def test_bad_lines(tmp_path: Path, line: str, reason: str) -> None:
     assert (f"{path}:" if reason == "duplicate" else f"{path}:4:") in message
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.jsonl", example(1))
-    path.write_bytes(path.read_bytes() + b'{"id": "\xff"}\n')
-    assert f"{path}:2" in error_of(tmp_path)
-
-
 def test_empty_splits(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", "")
     for split in ("train", "valid"):
@@ -418,10 +404,7 @@ def closed(tmp_path: Path) -> str:
 
 
 SVAMP = [
-    (
-        "84 / 2 = 42. The answer is (84 / 2).\n\nQ: x\nA: The answer is (9).",
-        ("84 / 2 = 42.", "(84 / 2)"),
-    ),
+    ("8 / 2 = 4. The answer is (8 / 2).\n\nQ: x\nA: The answer is (9).", ("8 / 2 = 4.", "(8 / 2)")),
     ("r The answer is ((415 - 309) - (41", None),
     ("r The answer is (9 - 2) * (3", None),
     ("r The answer is (n - 3).", None),

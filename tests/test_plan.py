@@ -1,13 +1,12 @@
 """`train.py --plan`: its memory against a real process's, its FLOPs against torch's counter."""
 
 import json
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, run
+from conftest import run
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -18,8 +17,8 @@ KEYS = ("parameters", "peak_gib", "fits_40gb", "fits_80gb", "steps", "flops_per_
         "truncated_share")  # fmt: skip
 
 
-def planned(*words, **more) -> dict:
-    return json.loads(run("train.py", "--plan", "--json", *words, **more).stdout)
+def planned(*words) -> dict:
+    return json.loads(run("train.py", "--plan", "--json", *words).stdout)
 
 
 @pytest.mark.slow
@@ -43,7 +42,7 @@ def test_xxl_on_sixteen_gpus():
 
 
 def test_a_run_with_data_is_counted_from_them(tmp_path):
-    p = planned("--gpus", 2, cwd=ROOT)
+    p = planned("--gpus", 2)
     assert p["examples"] == 300 and p["epochs"] == pytest.approx(700 * 32 / 300)
     assert p["truncated_share"] == 0 and not p["assumed"] and p["parallel"] == "ddp"
     assert 0.5 * p["padded_tokens_per_step"] < p["real_tokens_per_step"]
@@ -110,9 +109,7 @@ print(peak - base)
 def test_simulated_memory_is_a_real_process_s(recompute):
     """Within a tenth, without dropout (whose masks the CPU keeps in four bytes, CUDA in one)."""
     code = REAL.replace("RECOMPUTE", str(recompute))
-    env = environment(MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="2")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env=env)  # fmt: skip
+    done = run("-c", code, MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="2")
     config = T5Config.preset("small", dropout_rate=0.0, num_layers=3, num_decoder_layers=3)
     c = train.Config(precision="fp32", recompute=recompute, micro_tokens=2000, batch_size=2,
                      parallel="none")  # fmt: skip

@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REAL, ROOT, command, environment, read_jsonl, read_steps, run
+from conftest import REAL, ROOT, read_jsonl, read_steps, run, start
 
 from scripts import reproduce, tables
 
@@ -25,13 +24,6 @@ ONE_SEED = [*FEW[:-1], "1"]
 def rows_of(folder: Path) -> list[dict]:
     with open(folder / "results.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def begin(cwd: Path, *words) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(SCRIPT, *words), cwd=cwd, env=environment(), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
 
 
 def wait_for(pattern: str, folder: Path) -> None:
@@ -149,7 +141,7 @@ def table2(small_task, tmp_path_factory):
     """A grid of six runs: stopped by Ctrl-C, then the grid alone killed, then let go on."""
     place = tmp_path_factory.mktemp("grid")
     words = ("table2", "--dataset", small_task, *FEW)
-    process = begin(place, *words)
+    process = start(SCRIPT, *words, cwd=place)
     wait_for("runs/*/metrics.jsonl", place)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said = process.communicate(timeout=60)[0]
@@ -157,12 +149,12 @@ def table2(small_task, tmp_path_factory):
     finished = {p: p.stat().st_mtime_ns for p in place.glob("runs/*/result.json")}
     assert len(finished) < 6
 
-    process = begin(place, *words)
+    process = start(SCRIPT, *words, cwd=place)
     wait_for("runs/*single-task*/run.json", place)
     process.kill()  # its runs go on, and the next start meets them
     process.wait()
 
-    process = begin(place, *words)
+    process = start(SCRIPT, *words, cwd=place)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert all(path.stat().st_mtime_ns == then for path, then in finished.items()), "done again"
