@@ -272,18 +272,6 @@ def test_folder_without_valid_and_test(tmp_path: Path) -> None:
     assert "test.jsonl" in error_of(tmp_path, "test")
 
 
-def test_a_task_stands_for_its_name(closed: str) -> None:
-    task = get_task(closed)
-    Path(closed, "task.json").unlink()
-    write(Path(closed, "train.jsonl"), example(1), example(2))
-    assert get_task(task) is task
-    assert data_files(task, "train") == data_files(closed, "train")
-    assert load_dataset(task, "train") == load_dataset(closed, "train")
-    assert parse_completion(task, "r So the answer is no-go.") == ("r", "no-go")
-    assert format_answer(task, "", "no") == "So the answer is no."
-    assert is_correct(task, "no", "no ") and not is_correct(task, None, "no")
-
-
 def test_label_sets_of_folders(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", *(example(i, f"label {i}") for i in range(21)))
     assert get_task(str(tmp_path)).labels is None, "21 are free text"
@@ -389,13 +377,6 @@ def test_teacher_files(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def free(tmp_path: Path) -> str:
-    """A folder where any text is a label."""
-    write(tmp_path / "train.jsonl", *(example(i, f"label {i}") for i in range(30)))
-    return str(tmp_path)
-
-
-@pytest.fixture
 def closed(tmp_path: Path) -> str:
     write(tmp_path / "train.jsonl", example(1))
     labels = ["yes", "no", "yes, in part", "v1.0 (old). Beta", "no-go"]
@@ -491,7 +472,8 @@ def test_completions_of_a_closed_set(closed: str, completion: str, expected) -> 
         ("So the answer is a hat.\nQuestion: x\nSo the answer is b.", "a hat"),
     ],
 )
-def test_completions_of_free_text(free: str, completion: str, label: str) -> None:
+def test_completions_of_free_text(closed: str, completion: str, label: str) -> None:
+    free = replace(get_task(closed), labels=None)
     assert parse_completion(free, f"r {completion}") == ("r", label)
 
 

@@ -71,9 +71,6 @@ def test_arithmetic_never_raises(text: str) -> None:
     assert value is None or isinstance(value, Fraction)
 
 
-# ---- Splits and completions
-
-
 words = st.text(alphabet="abcdefgh .,'()0123\n", max_size=60).map(lambda s: " ".join(s.split()))
 # A label is never like a sentence's end: "a. b".
 labels = st.text(alphabet="abcxyz '-.()01", min_size=1, max_size=20).map(
@@ -118,9 +115,6 @@ def test_completions_never_raise_nor_give_an_empty_label(text: str) -> None:
         assert parsed is None or (parsed[0] == parsed[0].strip() and parsed[1].strip())
 
 
-# ---- Tokens
-
-
 plain = st.text(alphabet="abcdefghijklmnopqrstuvwxyz 0123456789().", max_size=80)
 
 
@@ -156,9 +150,6 @@ def test_any_text_equals_sentencepiece_piece_by_piece(tokenizer: Tokenizer, text
         ids.append(special[found[1]])
         rest = rest[found[0] + len(found[1]) :]
     assert tokenizer.encode(text) == [*ids, 1]
-
-
-# ---- Batches
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31), st.integers(1, 3))

@@ -43,9 +43,6 @@ def jsonl_of(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-# ------------------------------------------------------------------------------- transformers
-
-
 def test_transformers_loads_a_student_unchanged(students, small_task):
     """AutoTokenizer and AutoModelForSeq2SeqLM give eval.py's ids and test predictions."""
     transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
@@ -62,18 +59,6 @@ def test_transformers_loads_a_student_unchanged(students, small_task):
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         rows = read_jsonl(students / method / "predictions.jsonl")
         assert texts == [row["prediction"] for row in rows]
-
-
-# ---------------------------------------------------------------------------------- prediction
-
-
-def test_each_source_once_and_in_order(students):
-    """Ragged sources, batches of 3, against one source at a time."""
-    student = load_student(students / "step-by-step" / "best", CPU, "fp32")
-    sources = ["x " * n for n in (5, 1, 40, 2, 2, 17, 3)] + [("a b", "c"), ""]
-    together = generate_texts(student, sources, 8, batch_size=3)
-    assert together == [generate_texts(student, [s], 8)[0] for s in sources]
-    assert not student.model.training
 
 
 @pytest.mark.slow
@@ -133,9 +118,6 @@ def test_scored_on_human_labels_else_the_teachers(students):
     assert summary["labels"] == "human" and summary["n"] == 1
     with pytest.raises(ValueError, match="nothing to score"):
         evaluate(student, [Example("a", "x", None)])
-
-
-# ------------------------------------------------------------------------------- command line
 
 
 def test_predict_reads_json_lines_and_plain_text(ask, students, tmp_path):

@@ -59,16 +59,22 @@ def test_a_micro_batch_waits_for_nothing_and_a_token_once(precision):
     assert len(waits.seen) <= tokens.shape[1]
 
 
-def test_a_step_waits_at_most_three_times(small_task, monkeypatch):
+@pytest.fixture
+def setup(small_task):
+    """The arguments of `train_step`, for the first one of a small run."""
     c = train.resolve(train.Config(dataset=str(small_task), device="cpu", micro_tokens=300))
     data = train.prepare(c)
     model = train.build_model(c, data.tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return model, optimizer, c, data, 0, torch.device("cpu"), 0
+
+
+def test_a_step_waits_at_most_three_times(setup, monkeypatch):
     lists = []
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: lists.append(1) or to_list(x))
     with Waits() as waits:
-        train.train_step(model, optimizer, c, data, 0, torch.device("cpu"), 0)
+        train.train_step(*setup)
     assert 1 <= len(waits.seen) + len(lists) <= 3, waits.seen
 
 
@@ -98,15 +104,11 @@ def test_biases_are_contiguous_in_the_compute_dtype_and_one_a_stack(monkeypatch,
         assert bias.stride(-1) == 1 and all(n % 8 == 0 for n in bias.stride()[:-1])
 
 
-def test_lengths_are_rounded_up_for_cuda(small_task, monkeypatch):
-    c = train.resolve(train.Config(dataset=str(small_task), device="cpu", micro_tokens=300))
-    data = train.prepare(c)
-    rows, shapes = data.rows, []
-    model = train.build_model(c, data.tokenizer).train()
+def test_lengths_are_rounded_up_for_cuda(setup, monkeypatch):
+    model, rows, shapes = setup[0], setup[3].rows, []
     model.register_forward_pre_hook(lambda _, inputs: shapes.extend(x.shape[1] for x in inputs))
     monkeypatch.setitem(evaluation.MULTIPLE, "cpu", evaluation.MULTIPLE["cuda"])
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    train.train_step(model, optimizer, c, data, 0, torch.device("cpu"), 0)
+    train.train_step(*setup)
     assert shapes and all(length % 8 == 0 for length in shapes)
     batch = train.collate(rows, np.arange(5), evaluation.MULTIPLE["cuda"])
     plain = train.collate(rows, np.arange(5))

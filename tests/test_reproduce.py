@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REAL, ROOT, read_jsonl, read_steps, run, start
+from conftest import REAL, ROOT, read_jsonl, read_steps, run, start, write_jsonl
 
 from scripts import reproduce, tables
 
@@ -32,9 +32,6 @@ def wait_for(pattern: str, folder: Path) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"no {pattern} within a minute")
-
-
-# ---------------------------------------------------------------------------------------- plans
 
 
 # By hand from Section 4, four seeds. Figure 4: two methods at seven fractions of e-SNLI and five of
@@ -133,9 +130,6 @@ def test_the_difference_is_paired_by_seed_and_of_the_same_fraction():
     assert [tables.gain(e, found) for e in found] == ["", "", "+0.150 (0.050)"]
 
 
-# ----------------------------------------------------------------------------------------- runs
-
-
 @pytest.fixture(scope="module")
 def table2(small_task, tmp_path_factory):
     """A grid of six runs: stopped by Ctrl-C, then the grid alone killed, then let go on."""
@@ -206,16 +200,13 @@ def test_a_run_that_fails_is_reported_and_the_others_finish(small_task, here, tm
     """Without any rationale two of the three methods have nothing to learn from."""
     shutil.copytree(small_task, tmp_path / "bare")
     rows = read_jsonl(small_task / "train.jsonl")
-    lines = [json.dumps({k: v for k, v in row.items() if k != "rationale"}) for row in rows]
-    (tmp_path / "bare" / "train.jsonl").write_text("\n".join(lines))
+    rows = [{k: v for k, v in row.items() if k != "rationale"} for row in rows]
+    write_jsonl(tmp_path / "bare" / "train.jsonl", rows)
     status, _, error = here("table2", "--dataset", "bare", *ONE_SEED)
     assert status == 1 and error.count("FAILED") == 2 and error.count("needs rationales") == 2
     assert [r["method"] for r in rows_of(tmp_path / "results" / "table2")] == ["standard"]
     report = (tmp_path / "results" / "table2" / "report.md").read_text()
     assert "needs rationales" in report.split("## What was not run")[1]
-
-
-# --------------------------------------------------------------------------------------- inputs
 
 
 def test_shuffled_rationales_are_other_examples(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """t5.py against oracles that do not share its code: `transformers` where it is installed (those
 tests skip without it), a naive decoding loop, a list of names and shapes, hand computation."""
 
-import copy
 import json
 import os
 import pickle
@@ -189,23 +188,6 @@ def test_logits_loss_and_gradients_match(pair):
     assert not grads
     norm, expected = (nn.utils.get_total_norm([p.grad for p in m.parameters()]) for m in pair)
     assert norm > 0.1 and abs(norm - expected) < 1e-4
-
-
-def test_bfloat16_logits_are_as_close_as_two_runs_of_transformers(pair):
-    """Of its two kinds of attention under autocast, with small weights, as a trained model's."""
-    theirs, ours = (copy.deepcopy(model) for model in pair)
-    with torch.no_grad():
-        for p in [*theirs.parameters(), *ours.parameters()]:
-            p.mul_(0.3) if p.dim() > 1 else None
-    exact, runs = their_logits(theirs), []
-    with torch.autocast("cpu", torch.bfloat16):
-        for attention in ("eager", "sdpa"):
-            theirs.set_attn_implementation(attention)
-            runs.append(their_logits(theirs).float())
-        logits = our_logits(ours).float()
-    apart = lambda x, y: (x - y).abs().mean().item()  # noqa: E731
-    assert min(apart(logits, run) for run in runs) < 1.25 * apart(*runs)
-    assert apart(logits, exact) < 1.1 * max(apart(run, exact) for run in runs)
 
 
 def test_greedy_tokens_match(pair):
