@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,26 +39,6 @@ class Bytes(data.Tokenizer):
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Bytes"}')
 
 
-class Block(nn.Module):
-    """Self-attention and a feed-forward layer. (B, N, D) -> (B, N, D)"""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """mask (B, 1, N, N) is true where a token may look."""
-        parts = self.qkv(self.norms[0](x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = x + self.dropout(self.out(mixed))
-        return x + self.dropout(self.ff(self.norms[1](x)))
-
-
 class Causal(nn.Module):
     """Continues the source with the target; PAD between the two is never attended to."""
 
@@ -69,7 +48,11 @@ class Causal(nn.Module):
         self.embedding = nn.Embedding(config["vocab_size"], config["width"])
         self.positions = nn.Embedding(config["length"], config["width"])
         depth, width = config["depth"], config["width"]
-        self.blocks = nn.ModuleList(Block(width, config["heads"]) for _ in range(depth))
+        shape = dict(nhead=config["heads"], dim_feedforward=4 * width, dropout=0.0)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, **shape, batch_first=True, norm_first=True)
+            for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config["vocab_size"], bias=False)
 
@@ -79,11 +62,11 @@ class Causal(nn.Module):
         real = torch.cat([attention_mask, torch.ones_like(decoder_input_ids)], dim=1).bool()
         past = torch.ones_like(real[0]).expand(ids.shape[1], -1).tril()
         itself = torch.ones_like(real[0]).diag()  # so that no row is empty
-        mask = (past & real[:, None, :] | itself)[:, None]
+        mask = (past & real[:, None, :] | itself).repeat_interleave(self.settings["heads"], dim=0)
         places = (real.cumsum(1) - 1).clamp(0, self.settings["length"] - 1)
         x = self.embedding(ids) + self.positions(places)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, src_mask=~mask)  # true where a token may not look
         return self.head(self.norm(x[:, input_ids.shape[1] :]))
 
     @torch.no_grad()

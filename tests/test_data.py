@@ -28,8 +28,6 @@ from data import (
     lock,
     parse_completion,
     unknown_characters,
-    write_json,
-    write_jsonl,
     write_text,
 )
 
@@ -73,10 +71,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch) -> 
         with pytest.raises(OSError, match="No space"):
             write_text(path, "other")
     assert path.read_text() == "é\n" and list(path.parent.iterdir()) == [path]
-    write_jsonl(path, [{"a": "é"}, {}])
-    assert path.read_text() == '{"a": "é"}\n{}\n'
-    write_json(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path, monkeypatch, capsys) -> None:
