@@ -148,12 +148,6 @@ def test_human_rationales_and_their_counts() -> None:
     examples = load_dataset("cqa", "valid", REAL, "human", counts)
     assert examples[0].rationale == "bums are well known to take up residence under bridges."
     assert all(e.teacher_label is None for e in examples) and counts["examples"] == 975
-    counts.clear()
-    examples = load_dataset("cqa", "train", REAL, "palm", counts)
-    assert counts["without_rationale"] == sum(not e.rationale for e in examples) > 0
-    assert counts["teacher_labels_dropped"] > 0, "such as 'French government'"
-    for e in examples:
-        assert e.teacher_label is None or f") {e.teacher_label}" in e.input
 
 
 # ---- Layouts of the archive, made up

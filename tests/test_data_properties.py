@@ -186,18 +186,3 @@ def test_micro_batches(pairs: list, most: int, world: int, overhead: int, seed: 
     assert sum(len(rank[-1]) > 0 for rank in assigned) > 0, "no round without rows"
     again = micro_batches(sources, targets, tasks, most, world, overhead)
     assert all(np.array_equal(p, q) for a, b in zip(assigned, again) for p, q in zip(a, b)), "pure"
-
-
-@given(lengths.filter(lambda pairs: len(pairs) <= 9), st.integers(1, 60))
-def test_micro_batches_take_little_more_time_than_the_best_cut(pairs: list, overhead: int) -> None:
-    """One rank, one task: against every way of cutting the sorted rows into contiguous pieces."""
-    sources, targets = np.array(pairs).T
-    order = np.lexsort((sources + targets,))
-
-    def best(start: int) -> float:
-        ends = range(start + 1, len(order) + 1)
-        costs = (places(order[start:e], sources, targets) + overhead + best(e) for e in ends)
-        return min(costs, default=0)
-
-    assigned = micro_batches(sources, targets, np.zeros(len(pairs)), 10**6, 1, overhead)[0]
-    assert sum(places(p, sources, targets) + overhead for p in assigned) <= 1.5 * best(0)

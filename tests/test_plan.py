@@ -50,7 +50,6 @@ def test_a_run_with_data_is_counted_from_them(tmp_path):
     said = run("train.py", "--plan", *flags).stdout
     assert not (tmp_path / "r").exists()
     assert all(words in said for words in ("952,064 parameters", "peak", "FLOPs a step"))
-    assert "error: --gpus 0" in run("train.py", "--plan", "--gpus", 0, check=2).stderr
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -83,11 +82,11 @@ def watch():
     global peak
     while True:
         peak = max(peak, anonymous())
-        time.sleep(0.002)
+        time.sleep(0.01)
 threading.Thread(target=watch, daemon=True).start()
 model = train.parallelize(T5(config).train(), c)
 optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-ids, labels = torch.ones(2, 768, dtype=torch.long), torch.ones(2, 192, dtype=torch.long)
+ids, labels = torch.ones(2, 512, dtype=torch.long), torch.ones(2, 128, dtype=torch.long)
 batch = dict(input_ids=ids, attention_mask=ids, labels=labels, tasks=torch.zeros(2, dtype=int))
 for step in range(2):
     for _ in range(2):
@@ -105,9 +104,9 @@ print(peak - base)
 def test_simulated_memory_is_a_real_process_s(recompute):
     """Within a tenth, without dropout (whose masks the CPU keeps in four bytes, CUDA in one)."""
     code = REAL.replace("RECOMPUTE", str(recompute))
-    done = run("-c", code, MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="2")
+    done = run("-c", code, MALLOC_MMAP_THRESHOLD_="65536")
     config = T5Config.preset("small", dropout_rate=0.0, num_layers=3, num_decoder_layers=3)
     c = train.Config(precision="fp32", recompute=recompute, micro_tokens=2000, batch_size=2,
                      parallel="none")  # fmt: skip
-    simulated = plan.simulate(c, config, 1, 768, 192)["peak_gib"]
+    simulated = plan.simulate(c, config, 1, 512, 128)["peak_gib"]
     assert simulated == pytest.approx(float(done.stdout), rel=0.1)
