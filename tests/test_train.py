@@ -74,9 +74,6 @@ def sends(*numbers):
     return lambda: [os.kill(os.getpid(), number) for number in numbers]
 
 
-# --------------------------------------------------------------------------------- run folder
-
-
 def test_run_folder(whole, small_task):
     names = {p.name for p in whole.iterdir()} - {".lock"}
     assert names == {"run.json", "metrics.jsonl", "best", "last", "state", "predictions.jsonl",
@@ -194,9 +191,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_task, call, tmp_path):
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 
-# ------------------------------------------------------------------------------- exact resume
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(whole, small_task, tmp_path):
     """SIGKILL twice and SIGTERM once; the last process is given another number of threads."""
@@ -311,9 +305,6 @@ def test_a_full_disk_ends_with_an_error_and_the_last_good_state(
     call(train.main, *base, "--resume")
     assert same_runs(whole, tmp_path)
     assert len(list((tmp_path / "state").glob("step-*"))) == 1
-
-
-# ---------------------------------------------------------------------------------- precision
 
 
 def test_bf16_trains_fp32_weights(small_task, call, tmp_path):
