@@ -70,8 +70,8 @@ def test_world_size_does_not_change_predictions(students, tmp_path):
     assert out.read_text() == (students / "step-by-step" / "predictions.jsonl").read_text()
 
 
-def test_batches_to_decode_are_cut_by_tokens(tokenizer):
-    """Long sources come in smaller batches; each source once, in order."""
+def test_batches_to_decode_are_cut_by_tokens(tokenizer, monkeypatch):
+    """Long sources come in smaller batches; each source once, in order, on one of the ranks."""
     seen = []
 
     class Echo(torch.nn.Module):
@@ -84,6 +84,15 @@ def test_batches_to_decode_are_cut_by_tokens(tokenizer):
     got = generate_texts(student, texts, 4)
     assert all(text.startswith(said) for text, said in zip(texts, got)) and got[4:] == texts[4:]
     assert all(rows * length <= evaluation.MAX_TOKENS and rows <= 64 for rows, length in seen)
+    decoded, gather = [], lambda parts, part: decoded.extend(part[0])
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank in range(3):
+        monkeypatch.setattr(evaluation, "rank_and_world", lambda rank=rank: (rank, 3))
+        with pytest.raises(
+            AssertionError, match="one rank decodes each"
+        ):  # the others' are missing
+            generate_texts(student, texts, 4)
+    assert sorted(decoded) == list(range(len(texts)))
 
 
 def test_eval_gives_the_runs_own_test_accuracy(students, ask):
