@@ -13,7 +13,7 @@ mkdir -p "$out/data"
 for split in train valid test; do head -n 32 "demo/$split.jsonl" > "$out/data/$split.jsonl"; done
 cp demo/task.json "$out/data"
 { git rev-parse HEAD; nvidia-smi -L; pip list; } > "$out/report.txt" 2>&1
-[ "$cuda" -gt 0 ] && set -- small xxl bf16 32 || set -- tiny small fp32 8
+[ "$cuda" -gt 0 ] && set -- small xxl bf16 32 || set -- tiny tiny fp32 8
 first=$1 large=$2 precision=$3 batch=$4
 
 train() { # NAME FLAGS...: a run in $out/NAME, what it prints in $out/NAME.log

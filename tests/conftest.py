@@ -22,11 +22,11 @@ QUICK = "--steps 12 --batch-size 6 --micro-tokens 200 --eval-every 4 --save-ever
 torch.set_num_threads(1)  # as in the subprocesses: runs here and there have equal bits
 
 
-def command(*words, processes: int = 1) -> list[str]:
-    """`python FILE ...`, or torchrun with so many processes."""
+def command(*words, processes: int = 1, torchrun=("--standalone",)) -> list[str]:
+    """`python FILE ...`, or torchrun with so many processes and the flags `torchrun`."""
     python = [sys.executable]
     if processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        python += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
     return [*python, *map(str, words)]
 
 
@@ -34,20 +34,20 @@ def environment(**more) -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-def run(*words, processes: int = 1, check: int | None = 0, stdin: str | None = None, cwd=ROOT):
+def run(*words, processes: int = 1, check: int = 0, stdin: str | None = None, **variables):
     """Runs a command to its end; fails with its output unless it exits with `check`."""
     done = subprocess.run(
-        command(*words, processes=processes), cwd=cwd, env=environment(),
+        command(*words, processes=processes), cwd=ROOT, env=environment(**variables),
         input=stdin, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert check is None or done.returncode == check, f"{words}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == check, f"{words}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def start(*words, processes=1):
+def start(*words, cwd=ROOT, **more):
     """The command in the background, in a process group of its own."""
     return subprocess.Popen(
-        command(*words, processes=processes), cwd=ROOT, env=environment(), text=True,
+        command(*words, **more), cwd=cwd, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,30 +39,6 @@ class Bytes(data.Tokenizer):
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Bytes"}')
 
 
-class Block(nn.Module):
-    """Self-attention and a feed-forward layer. (B, N, D) -> (B, N, D)"""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor, mask: Tensor, cache: list | None = None) -> Tensor:
-        """mask (B, 1, N, L) is true where a token may look; cache: keys and values so far."""
-        parts = self.qkv(self.norms[0](x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        if cache is not None:
-            if cache:
-                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache, (k, v)))
-            cache[:] = k, v
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = x + self.dropout(self.out(mixed))
-        return x + self.dropout(self.ff(self.norms[1](x)))
-
-
 class Causal(nn.Module):
     """Continues the source with the target; PAD between the two is never attended to."""
 
@@ -73,40 +48,37 @@ class Causal(nn.Module):
         self.embedding = nn.Embedding(config["vocab_size"], config["width"])
         self.positions = nn.Embedding(config["length"], config["width"])
         depth, width = config["depth"], config["width"]
-        self.blocks = nn.ModuleList(Block(width, config["heads"]) for _ in range(depth))
+        shape = dict(nhead=config["heads"], dim_feedforward=4 * width, dropout=0.0)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, **shape, batch_first=True, norm_first=True)
+            for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config["vocab_size"], bias=False)
 
-    def run(self, ids: Tensor, real: Tensor, caches: list[list] | None = None) -> Tensor:
-        """Ids (B, N) of the last N of L positions; real (B, L) is false at PAD -> (B, N, D)"""
-        n, length = ids.shape[1], real.shape[1]
-        past = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=ids.device)  # so no row is empty
-        mask = (past & real[:, None, :] | itself)[:, None, -n:]
-        places = (real.cumsum(1) - 1).clamp(0, self.settings["length"] - 1)[:, -n:]
-        x = self.embedding(ids) + self.positions(places)
-        for i, block in enumerate(self.blocks):
-            x = block(x, mask, caches[i] if caches else None)
-        return self.norm(x)
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor):
-        """(B, S), (B, S), (B, T) -> logits (B, T, V)"""
+        """(B, S), (B, S), (B, T) -> logits (B, T, V). N = S + T"""
+        ids = torch.cat([input_ids, decoder_input_ids], dim=1)
         real = torch.cat([attention_mask, torch.ones_like(decoder_input_ids)], dim=1).bool()
-        x = self.run(torch.cat([input_ids, decoder_input_ids], dim=1), real)
-        return self.head(x[:, input_ids.shape[1] :])
+        past = torch.ones_like(real[0]).expand(ids.shape[1], -1).tril()
+        itself = torch.ones_like(real[0]).diag()  # so that no row is empty
+        mask = (past & real[:, None, :] | itself).repeat_interleave(self.settings["heads"], dim=0)
+        places = (real.cumsum(1) - 1).clamp(0, self.settings["length"] - 1)
+        x = self.embedding(ids) + self.positions(places)
+        for block in self.blocks:
+            x = block(x, src_mask=~mask)  # true where a token may not look
+        return self.head(self.norm(x[:, input_ids.shape[1] :]))
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 64):
         """Greedy: (B, S), (B, S) -> (B, at most max_new_tokens)"""
-        start = torch.full_like(input_ids[:, :1], 0)
-        ids, real = torch.cat([input_ids, start], dim=1), attention_mask.bool()
-        caches, tokens, ended = [[] for _ in self.blocks], [], start.bool()
-        while len(tokens) < max_new_tokens and not ended.all():
-            real = torch.cat([real, torch.ones_like(ended)], dim=1)
-            ids = self.head(self.run(ids, real, caches)[:, -1:]).argmax(-1).masked_fill(ended, 0)
-            tokens.append(ids)
-            ended = ended | (ids == 1)
-        return torch.cat(tokens, dim=1)
+        tokens = torch.zeros_like(input_ids[:, :1])
+        ended = tokens.bool()
+        while tokens.shape[1] <= max_new_tokens and not ended.all():
+            logits = self(input_ids, attention_mask, tokens)[:, -1:]
+            tokens = torch.cat([tokens, logits.argmax(-1).masked_fill(ended, 0)], dim=1)
+            ended = ended | (tokens[:, -1:] == 1)
+        return tokens[:, 1:]
 
     @staticmethod
     def untrained_config(size: str, vocab_size: int) -> dict:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import write_jsonl
 
 import train
 
@@ -11,13 +12,11 @@ import train
 def root(tmp_path):
     """A data root of 20 problems of SVAMP's, 5 of its test and 12 of ASDiv's, and a teacher's
     answers to both: none to ASDiv's last, no equation for the one before."""
-    (tmp_path / "svamp").mkdir()
     (tmp_path / "asdiv").mkdir()
     for split, n in (("train", 20), ("test", 5)):
         rows = [{"input": f"Ann has {i} pens and gets 2.\nHow many?", "label": f"( {i} + 2 )"}
                 for i in range(n)]  # fmt: skip
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / "svamp" / f"svamp_{split}.json").write_text(lines)
+        write_jsonl(tmp_path / "svamp" / f"svamp_{split}.json", rows)
     problems = "".join(
         f'<Problem ID="n-{i}"><Body>Bob had {i} figs.</Body><Question>Now?</Question>'
         f"<Answer>{i}</Answer></Problem>" for i in range(12)
@@ -28,9 +27,8 @@ def root(tmp_path):
         "asdiv": [(f"n-{i}", f"({i} * 1)") for i in range(10)] + [("n-10", "many")],
     }
     for name, some in answers.items():
-        lines = (json.dumps({"id": id, "rationale": "So it is.", "teacher_label": label}) + "\n"
-                 for id, label in some)  # fmt: skip
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        rows = [{"id": id, "rationale": "So it is.", "teacher_label": label} for id, label in some]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
     return tmp_path
 
 

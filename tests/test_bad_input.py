@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, write_jsonl
 
 import eval as evaluation
 import train
@@ -65,32 +65,20 @@ def test_flags(refuse, words, parts):
     assert all(part in error for part in parts), error
 
 
-def write(folder, rows, name="train"):
-    folder.mkdir(exist_ok=True)
-    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text(text)
-
-
 def row(i, **more):
     return {"id": f"r{i}", "input": f"x {i}", "label": "yes", "rationale": "because", **more}
 
 
-def test_data(refuse, tmp_path):
-    write(tmp_path / "mine", [*(row(i) for i in range(3)), row(9, label=7)])  # more: test_data.py
-    error = refuse("--dataset", "mine")
-    assert "label 7" in error and "train.jsonl:4:" in error, "the line is named"
-
-
 def test_empty_splits_and_missing_labels(refuse, tmp_path):
-    write(tmp_path / "none", [])
+    write_jsonl(tmp_path / "none" / "train.jsonl", [])
     assert "empty" in refuse("--dataset", "none")
-    write(tmp_path / "bare", [row(i, rationale=None) for i in range(12)])
+    write_jsonl(tmp_path / "bare" / "train.jsonl", [row(i, rationale=None) for i in range(12)])
     assert "needs rationales" in refuse("--dataset", "bare")
     words = "--dataset bare --method standard --labels teacher".split()
     assert "teacher label" in refuse(*words)
-    write(tmp_path / "blind", [row(i) for i in range(12)])
+    write_jsonl(tmp_path / "blind" / "train.jsonl", [row(i) for i in range(12)])
     for split in ("test", "valid"):  # known before training, not after it
-        write(tmp_path / "blind", [row(99, label=None)], split)
+        write_jsonl(tmp_path / "blind" / f"{split}.jsonl", [row(99, label=None)])
         assert f"no example of {split} has a label" in refuse("--dataset", "blind")
 
 
@@ -136,7 +124,8 @@ def test_weights_folders(refuse, tmp_path):
 
 
 def test_labels_that_cannot_be_written_are_refused_before_training(refuse, tmp_path):
-    write(tmp_path / "thirds", [row(i, label=("⅓ full", "full")[i % 2]) for i in range(20)])
+    rows = [row(i, label=("⅓ full", "full")[i % 2]) for i in range(20)]
+    write_jsonl(tmp_path / "thirds" / "train.jsonl", rows)
     assert "'⅓ full'" in refuse("--dataset", "thirds") and "⅓" in refuse("--dataset", "thirds")
 
 

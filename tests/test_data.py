@@ -1,7 +1,6 @@
 """Datasets, their splits and bad input, completions, and the order of batches."""
 
 import errno
-import hashlib
 import json
 import os
 import subprocess
@@ -28,10 +27,7 @@ from data import (
     load_dataset,
     lock,
     parse_completion,
-    sha256,
     unknown_characters,
-    write_json,
-    write_jsonl,
     write_text,
 )
 
@@ -75,10 +71,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch) -> 
         with pytest.raises(OSError, match="No space"):
             write_text(path, "other")
     assert path.read_text() == "é\n" and list(path.parent.iterdir()) == [path]
-    write_jsonl(path, [{"a": "é"}, {}])
-    assert path.read_text() == '{"a": "é"}\n{}\n'
-    write_json(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -100,12 +92,6 @@ def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path, monkeypatch, 
         monkeypatch.setattr("fcntl.flock", no_locks)
         with lock(path), lock(path):
             assert capsys.readouterr().err.count("warning: ") == 2
-
-
-def test_sha256_of_bytes_and_of_a_file(tmp_path: Path) -> None:
-    content = b"0123456789" * 200_000  # more than one piece
-    (tmp_path / "file").write_bytes(content)
-    assert sha256(content) == sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 # ---- Real data
@@ -162,12 +148,6 @@ def test_human_rationales_and_their_counts() -> None:
     examples = load_dataset("cqa", "valid", REAL, "human", counts)
     assert examples[0].rationale == "bums are well known to take up residence under bridges."
     assert all(e.teacher_label is None for e in examples) and counts["examples"] == 975
-    counts.clear()
-    examples = load_dataset("cqa", "train", REAL, "palm", counts)
-    assert counts["without_rationale"] == sum(not e.rationale for e in examples) > 0
-    assert counts["teacher_labels_dropped"] > 0, "such as 'French government'"
-    for e in examples:
-        assert e.teacher_label is None or f") {e.teacher_label}" in e.input
 
 
 # ---- Layouts of the archive, made up
@@ -280,18 +260,6 @@ def test_folder_without_valid_and_test(tmp_path: Path) -> None:
     assert "test.jsonl" in error_of(tmp_path, "test")
 
 
-def test_a_task_stands_for_its_name(closed: str) -> None:
-    task = get_task(closed)
-    Path(closed, "task.json").unlink()
-    write(Path(closed, "train.jsonl"), example(1), example(2))
-    assert get_task(task) is task
-    assert data_files(task, "train") == data_files(closed, "train")
-    assert load_dataset(task, "train") == load_dataset(closed, "train")
-    assert parse_completion(task, "r So the answer is no-go.") == ("r", "no-go")
-    assert format_answer(task, "", "no") == "So the answer is no."
-    assert is_correct(task, "no", "no ") and not is_correct(task, None, "no")
-
-
 def test_label_sets_of_folders(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", *(example(i, f"label {i}") for i in range(21)))
     assert get_task(str(tmp_path)).labels is None, "21 are free text"
@@ -350,12 +318,6 @@ def test_bad_lines(tmp_path: Path, line: str, reason: str) -> None:
     assert (f"{path}:" if reason == "duplicate" else f"{path}:4:") in message
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.jsonl", example(1))
-    path.write_bytes(path.read_bytes() + b'{"id": "\xff"}\n')
-    assert f"{path}:2" in error_of(tmp_path)
-
-
 def test_empty_splits(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", "")
     for split in ("train", "valid"):
@@ -403,13 +365,6 @@ def test_teacher_files(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def free(tmp_path: Path) -> str:
-    """A folder where any text is a label."""
-    write(tmp_path / "train.jsonl", *(example(i, f"label {i}") for i in range(30)))
-    return str(tmp_path)
-
-
-@pytest.fixture
 def closed(tmp_path: Path) -> str:
     write(tmp_path / "train.jsonl", example(1))
     labels = ["yes", "no", "yes, in part", "v1.0 (old). Beta", "no-go"]
@@ -418,10 +373,7 @@ def closed(tmp_path: Path) -> str:
 
 
 SVAMP = [
-    (
-        "84 / 2 = 42. The answer is (84 / 2).\n\nQ: x\nA: The answer is (9).",
-        ("84 / 2 = 42.", "(84 / 2)"),
-    ),
+    ("8 / 2 = 4. The answer is (8 / 2).\n\nQ: x\nA: The answer is (9).", ("8 / 2 = 4.", "(8 / 2)")),
     ("r The answer is ((415 - 309) - (41", None),
     ("r The answer is (9 - 2) * (3", None),
     ("r The answer is (n - 3).", None),
@@ -508,7 +460,8 @@ def test_completions_of_a_closed_set(closed: str, completion: str, expected) -> 
         ("So the answer is a hat.\nQuestion: x\nSo the answer is b.", "a hat"),
     ],
 )
-def test_completions_of_free_text(free: str, completion: str, label: str) -> None:
+def test_completions_of_free_text(closed: str, completion: str, label: str) -> None:
+    free = replace(get_task(closed), labels=None)
     assert parse_completion(free, f"r {completion}") == ("r", label)
 
 

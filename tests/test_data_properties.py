@@ -71,9 +71,6 @@ def test_arithmetic_never_raises(text: str) -> None:
     assert value is None or isinstance(value, Fraction)
 
 
-# ---- Splits and completions
-
-
 words = st.text(alphabet="abcdefgh .,'()0123\n", max_size=60).map(lambda s: " ".join(s.split()))
 # A label is never like a sentence's end: "a. b".
 labels = st.text(alphabet="abcxyz '-.()01", min_size=1, max_size=20).map(
@@ -118,9 +115,6 @@ def test_completions_never_raise_nor_give_an_empty_label(text: str) -> None:
         assert parsed is None or (parsed[0] == parsed[0].strip() and parsed[1].strip())
 
 
-# ---- Tokens
-
-
 plain = st.text(alphabet="abcdefghijklmnopqrstuvwxyz 0123456789().", max_size=80)
 
 
@@ -158,9 +152,6 @@ def test_any_text_equals_sentencepiece_piece_by_piece(tokenizer: Tokenizer, text
     assert tokenizer.encode(text) == [*ids, 1]
 
 
-# ---- Batches
-
-
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31), st.integers(1, 3))
 def test_every_epoch_has_every_example_once(n: int, batch: int, seed: int, epochs: int) -> None:
     steps = -(-n * epochs // batch)
@@ -195,18 +186,3 @@ def test_micro_batches(pairs: list, most: int, world: int, overhead: int, seed: 
     assert sum(len(rank[-1]) > 0 for rank in assigned) > 0, "no round without rows"
     again = micro_batches(sources, targets, tasks, most, world, overhead)
     assert all(np.array_equal(p, q) for a, b in zip(assigned, again) for p, q in zip(a, b)), "pure"
-
-
-@given(lengths.filter(lambda pairs: len(pairs) <= 9), st.integers(1, 60))
-def test_micro_batches_take_little_more_time_than_the_best_cut(pairs: list, overhead: int) -> None:
-    """One rank, one task: against every way of cutting the sorted rows into contiguous pieces."""
-    sources, targets = np.array(pairs).T
-    order = np.lexsort((sources + targets,))
-
-    def best(start: int) -> float:
-        ends = range(start + 1, len(order) + 1)
-        costs = (places(order[start:e], sources, targets) + overhead + best(e) for e in ends)
-        return min(costs, default=0)
-
-    assigned = micro_batches(sources, targets, np.zeros(len(pairs)), 10**6, 1, overhead)[0]
-    assert sum(places(p, sources, targets) + overhead for p in assigned) <= 1.5 * best(0)

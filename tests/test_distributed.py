@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,8 +14,6 @@ import torch
 from conftest import (
     QUICK,
     ROOT,
-    command,
-    environment,
     kill,
     read_jsonl,
     read_steps,
@@ -81,7 +78,7 @@ def same_student(a: Path, b: Path) -> None:
         assert (a / name).read_text() == (b / name).read_text()
 
 
-@pytest.mark.parametrize("processes, more", [(4, "ddp"), (2, "fsdp"), (2, "fsdp --recompute")])
+@pytest.mark.parametrize("processes, more", [(4, "ddp"), (2, "fsdp --recompute")])
 def test_many_train_like_one(alone, small_task, tmp_path, processes, more):
     """Ragged batches, accumulation, ranks without a row of some task (four ranks, six examples,
     two of them bare), evaluation."""
@@ -98,12 +95,14 @@ def test_two_agents_of_two_processes_train_like_one(alone, small_task, tied, tmp
         port = free.getsockname()[1]
     agents = []
     for node in (0, 1):
-        line = command("train.py", "--dataset", small_task, "--out", tmp_path, *SAME, "--dropout",
-                       "0", "--weights", tied, "--parallel", "fsdp", processes=2)  # fmt: skip
-        line[3:4] = ["--nnodes=2", f"--node-rank={node}", "--master-addr=localhost",
-                     f"--master-port={port}"]  # fmt: skip
-        agents.append(subprocess.Popen(line, cwd=ROOT, env=environment()))
-    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
+        agent = ["--nnodes=2", f"--node-rank={node}", "--master-addr=localhost",
+                 f"--master-port={port}"]  # fmt: skip
+        agents.append(start("train.py", "--dataset", small_task, "--out", tmp_path, *SAME,
+                            "--dropout", "0", "--weights", tied, "--parallel", "fsdp",
+                            processes=2, torchrun=agent))  # fmt: skip
+    for agent in agents:
+        said = agent.communicate(timeout=120)[0]
+        assert agent.returncode == 0, said
     close(alone / "tied", tmp_path)
     same_student(alone / "tied", tmp_path)
 
@@ -124,46 +123,31 @@ def test_resumed_at_other_numbers_of_processes(alone, small_task, tied, tmp_path
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
-def test_killed_and_resumed_gives_the_same_bits(small_task, tmp_path, parallel):
-    """With dropout; one rank alone is killed at a random moment, then all of them."""
+def test_a_killed_rank_and_a_resumed_run_give_the_same_bits(small_task, tmp_path, parallel):
+    """With dropout; one rank alone is killed at a random moment. Under FSDP torchrun starts all of
+    them again; under DDP the others exit too, and the user continues."""
     whole, cut, dice = tmp_path / "whole", tmp_path / "cut", random.Random(4)
     words = ["train.py", "--dataset", small_task, *SAME, "--parallel", parallel]
     run(*words, "--out", whole, processes=2)
+    restarts = parallel == "fsdp"
     words += ["--out", cut, "--resume"]
-    process = start(*words, processes=2)
+    process = start(
+        *words, processes=2, torchrun=["--standalone", f"--max-restarts={int(restarts)}"]
+    )
     wait_for_step(cut, dice.randrange(4, 6), process)
     time.sleep(dice.random() / 4)
-    os.kill(last_worker(process), signal.SIGKILL)
-    assert process.wait(timeout=120) == 1, "the others exit too"
-    process.stdout.close()
-    process = start(*words, processes=2)
-    wait_for_step(cut, 8, process)
-    kill(process)
-    assert saved_state(cut)["step"] < 12
-    run(*words, processes=2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == (0 if restarts else 1), said
+    if not restarts:
+        assert saved_state(cut)["step"] < 12
+        said = run(*words, processes=2).stdout
+    assert "continuing after step" in said
     assert same_steps(whole / "metrics.jsonl", cut / "metrics.jsonl")
     for name in ("best", "last"):
         a, b = (load_file(p / name / "model.safetensors") for p in (whole, cut))
         assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def last_worker(process) -> int:
-    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
-
-
-def test_a_restart_by_torchrun_goes_on_by_itself(small_task, tmp_path):
-    line = command("train.py", "--dataset", small_task, "--out", tmp_path, *SAME, "--parallel",
-                   "fsdp", "--resume", processes=2)  # fmt: skip
-    line[4:4] = ["--max-restarts=1"]
-    process = subprocess.Popen(
-        line, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    wait_for_step(tmp_path, 5, process)
-    os.kill(last_worker(process), signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "continuing after step" in said, said
-    assert len(read_steps(tmp_path)) == 12
 
 
 SIGNALLED = """
@@ -197,30 +181,35 @@ def test_ranks_agree_on_the_step_they_stop_at(small_task, tmp_path, where, step)
     assert [(tmp_path / f"left{rank}").read_text() for rank in (0, 1)] == ["143", "143"], said
     assert "stopped by signal 15" in said and not (out / "best").exists()
     assert saved_state(out)["step"] == len(read_jsonl(out / "metrics.jsonl")) == step
-    run("train.py", "--out", out, "--resume", processes=2)
-    assert len(read_steps(out)) == 12
 
 
-def test_a_fork_that_is_no_t5(small_task, tmp_path):
-    """Alone, copied and sharded: the same losses, and whole weights."""
+def test_a_fork_that_is_no_t5_and_has_its_own_tokenizer(small_task, tmp_path):
+    """Copied, killed and resumed sharded, it trains as it does alone; its student is used."""
     words = ["tests/fork.py", "--dataset", small_task, *SAME, "--lr", "1e-2", "--dropout", "0"]
-    run(*words, "--out", tmp_path / "one")
-    for parallel in ("ddp", "fsdp"):
-        out = tmp_path / parallel
-        run(*words, "--out", out, "--parallel", parallel, processes=2)
-        close(tmp_path / "one", out)
-        weights = load_file(out / "last" / "model.safetensors")
-        assert weights["embedding.weight"].shape == (258, 64), "whole, not a shard"
-        assert json.loads((out / "result.json").read_text())["n_test"] == 7
+    one, many = tmp_path / "one", tmp_path / "many"
+    run(*words, "--out", one)
+    steps = read_steps(one)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    process = start(*words, "--out", many, "--parallel", "ddp", processes=2)
+    wait_for_step(many, 4, process)
+    kill(process)
+    run("tests/fork.py", "--out", many, "--resume", "--parallel", "fsdp", processes=2)
+    close(one, many)
+    weights = load_file(many / "last" / "model.safetensors")
+    assert weights["embedding.weight"].shape == (258, 64), "whole, not a shard"
+    files = {path.name for path in (many / "best").iterdir()}
+    assert "tokenizer_config.json" in files and "spiece.model" not in files
+    assert "Causal student" in (many / "best" / "README.md").read_text()
+    asked = ["tests/fork.py", "eval", many / "best", "--predict", "-"]
+    assert json.loads(run(*asked, stdin="What is snow?\n").stdout)["id"] == "1"
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_rank_without_any_row_keeps_step(small_task, tmp_path, mode):
+def test_a_rank_without_any_row_keeps_step(small_task, tmp_path):
     words = ["--dataset", small_task, "--method", "standard", "--steps", "2", "--eval-every", "2",
              "--batch-size", "1", "--dropout", "0", "--lr", "5e-5"]  # fmt: skip
-    run("train.py", *words, "--out", tmp_path / "one")
-    run("train.py", *words, "--parallel", mode, "--out", tmp_path / "two", processes=2)
-    one, two = (read_steps(tmp_path / name) for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        assert abs(a["label_loss"] - b["label_loss"]) < 1e-5
-        assert abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4
+    assert train.main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
+    for mode in ("ddp", "fsdp"):
+        run("train.py", *words, "--parallel", mode, "--out", tmp_path / mode, processes=2)
+        for a, b in zip(read_steps(tmp_path / "one"), read_steps(tmp_path / mode), strict=True):
+            assert abs(a["label_loss"] - b["label_loss"]) < 1e-5
+            assert abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4

@@ -43,9 +43,6 @@ def test_no_rationale_still_teaches_and_no_label_is_left_out():
         assert make_rows([bare], method, "teacher", dataset="demo") == []
 
 
-# -------------------------------------------------------------------------------------- loss
-
-
 def test_loss_by_hand():
     """Two label tokens of probability 1/2 and 1/4, one rationale token of 1/8; V = 4."""
 

@@ -43,9 +43,6 @@ def jsonl_of(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-# ------------------------------------------------------------------------------- transformers
-
-
 def test_transformers_loads_a_student_unchanged(students, small_task):
     """AutoTokenizer and AutoModelForSeq2SeqLM give eval.py's ids and test predictions."""
     transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
@@ -64,18 +61,6 @@ def test_transformers_loads_a_student_unchanged(students, small_task):
         assert texts == [row["prediction"] for row in rows]
 
 
-# ---------------------------------------------------------------------------------- prediction
-
-
-def test_each_source_once_and_in_order(students):
-    """Ragged sources, batches of 3, against one source at a time."""
-    student = load_student(students / "step-by-step" / "best", CPU, "fp32")
-    sources = ["x " * n for n in (5, 1, 40, 2, 2, 17, 3)] + [("a b", "c"), ""]
-    together = generate_texts(student, sources, 8, batch_size=3)
-    assert together == [generate_texts(student, [s], 8)[0] for s in sources]
-    assert not student.model.training
-
-
 @pytest.mark.slow
 def test_world_size_does_not_change_predictions(students, tmp_path):
     """Seven examples on three processes: every one scored once, in the data set's order."""
@@ -85,8 +70,8 @@ def test_world_size_does_not_change_predictions(students, tmp_path):
     assert out.read_text() == (students / "step-by-step" / "predictions.jsonl").read_text()
 
 
-def test_batches_to_decode_are_cut_by_tokens(tokenizer):
-    """Long sources come in smaller batches; each source once, in order."""
+def test_batches_to_decode_are_cut_by_tokens(tokenizer, monkeypatch):
+    """Long sources come in smaller batches; each source once, in order, on one of the ranks."""
     seen = []
 
     class Echo(torch.nn.Module):
@@ -99,6 +84,15 @@ def test_batches_to_decode_are_cut_by_tokens(tokenizer):
     got = generate_texts(student, texts, 4)
     assert all(text.startswith(said) for text, said in zip(texts, got)) and got[4:] == texts[4:]
     assert all(rows * length <= evaluation.MAX_TOKENS and rows <= 64 for rows, length in seen)
+    decoded, gather = [], lambda parts, part: decoded.extend(part[0])
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank in range(3):
+        monkeypatch.setattr(evaluation, "rank_and_world", lambda rank=rank: (rank, 3))
+        with pytest.raises(
+            AssertionError, match="one rank decodes each"
+        ):  # the others' are missing
+            generate_texts(student, texts, 4)
+    assert sorted(decoded) == list(range(len(texts)))
 
 
 def test_eval_gives_the_runs_own_test_accuracy(students, ask):
@@ -133,9 +127,6 @@ def test_scored_on_human_labels_else_the_teachers(students):
     assert summary["labels"] == "human" and summary["n"] == 1
     with pytest.raises(ValueError, match="nothing to score"):
         evaluate(student, [Example("a", "x", None)])
-
-
-# ------------------------------------------------------------------------------- command line
 
 
 def test_predict_reads_json_lines_and_plain_text(ask, students, tmp_path):

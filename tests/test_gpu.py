@@ -2,14 +2,13 @@
 weights, copies of biases, memory kept for the backward pass, ranks that hang after an error."""
 
 import json
-import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, command, environment, run
+from conftest import ROOT, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
@@ -60,16 +59,22 @@ def test_a_micro_batch_waits_for_nothing_and_a_token_once(precision):
     assert len(waits.seen) <= tokens.shape[1]
 
 
-def test_a_step_waits_at_most_three_times(small_task, monkeypatch):
+@pytest.fixture
+def setup(small_task):
+    """The arguments of `train_step`, for the first one of a small run."""
     c = train.resolve(train.Config(dataset=str(small_task), device="cpu", micro_tokens=300))
     data = train.prepare(c)
     model = train.build_model(c, data.tokenizer).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return model, optimizer, c, data, 0, torch.device("cpu"), 0
+
+
+def test_a_step_waits_at_most_three_times(setup, monkeypatch):
     lists = []
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: lists.append(1) or to_list(x))
     with Waits() as waits:
-        train.train_step(model, optimizer, c, data, 0, torch.device("cpu"), 0)
+        train.train_step(*setup)
     assert 1 <= len(waits.seen) + len(lists) <= 3, waits.seen
 
 
@@ -99,15 +104,11 @@ def test_biases_are_contiguous_in_the_compute_dtype_and_one_a_stack(monkeypatch,
         assert bias.stride(-1) == 1 and all(n % 8 == 0 for n in bias.stride()[:-1])
 
 
-def test_lengths_are_rounded_up_for_cuda(small_task, monkeypatch):
-    c = train.resolve(train.Config(dataset=str(small_task), device="cpu", micro_tokens=300))
-    data = train.prepare(c)
-    rows, shapes = data.rows, []
-    model = train.build_model(c, data.tokenizer).train()
+def test_lengths_are_rounded_up_for_cuda(setup, monkeypatch):
+    model, rows, shapes = setup[0], setup[3].rows, []
     model.register_forward_pre_hook(lambda _, inputs: shapes.extend(x.shape[1] for x in inputs))
     monkeypatch.setitem(evaluation.MULTIPLE, "cpu", evaluation.MULTIPLE["cuda"])
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    train.train_step(model, optimizer, c, data, 0, torch.device("cpu"), 0)
+    train.train_step(*setup)
     assert shapes and all(length % 8 == 0 for length in shapes)
     batch = train.collate(rows, np.arange(5), evaluation.MULTIPLE["cuda"])
     plain = train.collate(rows, np.arange(5))
@@ -196,28 +197,13 @@ def test_a_rank_that_fails_alone_says_so_and_leaves(small_task, tmp_path, error)
     script.write_text(HANGING.format(root=str(ROOT), error=error))
     words = ["--dataset", small_task, "--steps", "2", "--out", tmp_path / "run"]
     start = time.monotonic()
-    done = subprocess.run(command(script, *words, processes=2), env=environment(), cwd=ROOT,
-                          capture_output=True, text=True, timeout=100)  # fmt: skip
-    assert done.returncode == 1 and time.monotonic() - start < 60
+    done = run(script, *words, processes=2, check=1)
+    assert time.monotonic() - start < 60
     message = error.split("'")[1]
     assert message in done.stderr, "its own error, whole"
     assert "lost another" not in done.stderr
     if "OSError" not in error:
         assert "Traceback" in done.stderr and "rank 1 failed" in done.stderr
-
-
-def test_saving_a_state_pins_no_memory(tmp_path, monkeypatch):
-    import torch.distributed.checkpoint as dcp
-
-    writers, save = [], dcp.save
-    monkeypatch.setattr(dcp, "save", lambda *a, storage_writer, **more: (
-        writers.append(storage_writer), save(*a, storage_writer=storage_writer, **more)
-    ))  # fmt: skip
-    train.save_tensors(tmp_path, {"x": torch.arange(3.0)}, False)
-    assert [w.per_thread_copy_ahead for w in writers] == [0]
-    read = {"x": torch.zeros(3)}
-    train.load_tensors(tmp_path, read, False)
-    assert read["x"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.slow

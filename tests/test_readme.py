@@ -61,16 +61,16 @@ def test_three_commands_from_unlabelled_inputs_to_a_student(tmp_path, call, monk
     assert result["labels"] == "teacher" and result["n_test"] == 0
 
 
-@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.fixture
 def fork(request, tmp_path, monkeypatch):
-    """Trains with a snippet of README's, in this process or in two of its own; gives the run."""
+    """Trains with a snippet of README's, in this process or in several others; gives the run."""
 
-    def fork(snippet, *words):
+    def fork(snippet, *words, processes=1):
         assert snippet.count("\n") < 10
         words = [*map(str, words), *SHORT, "--out", str(tmp_path / "r")]
         (tmp_path / "fork.py").write_text(snippet)
-        if request.param > 1:
-            run(tmp_path / "fork.py", *words, processes=request.param)
+        if processes > 1:
+            run(tmp_path / "fork.py", *words, processes=processes)
             return tmp_path / "r"
         monkeypatch.setattr("sys.argv", ["fork.py", *words])
         monkeypatch.setattr(evaluation, "STUDENT", evaluation.STUDENT)  # put back at the end
@@ -102,8 +102,10 @@ def test_the_fork_of_the_task(tmp_path, fork):
     assert [row["id"] for row in rows] == [f"boolq-test-{i}" for i in range(5)]
 
 
-def test_the_fork_with_a_third_task(small_task, fork):
-    steps = read_steps(fork(SNIPPETS[2], "--dataset", small_task, "--lam", "0.5"))
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_fork_with_a_third_task(small_task, fork, processes):
+    words = ["--dataset", small_task, "--lam", "0.5"]
+    steps = read_steps(fork(SNIPPETS[2], *words, processes=processes))
     assert len(steps) == 4
     for m in steps:
         assert m["label_loss"] > 0 and m["rationale_loss"] > 0 and m["gist_loss"] > 0

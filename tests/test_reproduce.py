@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REAL, ROOT, command, environment, read_jsonl, read_steps, run
+from conftest import REAL, ROOT, read_jsonl, read_steps, run, start, write_jsonl
 
 from scripts import reproduce, tables
 
@@ -27,22 +26,12 @@ def rows_of(folder: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def begin(cwd: Path, *words) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(SCRIPT, *words), cwd=cwd, env=environment(), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
 def wait_for(pattern: str, folder: Path) -> None:
     for _ in range(6000):
         if any(folder.glob(pattern)):
             return
         time.sleep(0.01)
     raise AssertionError(f"no {pattern} within a minute")
-
-
-# ---------------------------------------------------------------------------------------- plans
 
 
 # By hand from Section 4, four seeds. Figure 4: two methods at seven fractions of e-SNLI and five of
@@ -141,15 +130,12 @@ def test_the_difference_is_paired_by_seed_and_of_the_same_fraction():
     assert [tables.gain(e, found) for e in found] == ["", "", "+0.150 (0.050)"]
 
 
-# ----------------------------------------------------------------------------------------- runs
-
-
 @pytest.fixture(scope="module")
 def table2(small_task, tmp_path_factory):
     """A grid of six runs: stopped by Ctrl-C, then the grid alone killed, then let go on."""
     place = tmp_path_factory.mktemp("grid")
     words = ("table2", "--dataset", small_task, *FEW)
-    process = begin(place, *words)
+    process = start(SCRIPT, *words, cwd=place)
     wait_for("runs/*/metrics.jsonl", place)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said = process.communicate(timeout=60)[0]
@@ -157,12 +143,12 @@ def table2(small_task, tmp_path_factory):
     finished = {p: p.stat().st_mtime_ns for p in place.glob("runs/*/result.json")}
     assert len(finished) < 6
 
-    process = begin(place, *words)
+    process = start(SCRIPT, *words, cwd=place)
     wait_for("runs/*single-task*/run.json", place)
     process.kill()  # its runs go on, and the next start meets them
     process.wait()
 
-    process = begin(place, *words)
+    process = start(SCRIPT, *words, cwd=place)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert all(path.stat().st_mtime_ns == then for path, then in finished.items()), "done again"
@@ -214,16 +200,13 @@ def test_a_run_that_fails_is_reported_and_the_others_finish(small_task, here, tm
     """Without any rationale two of the three methods have nothing to learn from."""
     shutil.copytree(small_task, tmp_path / "bare")
     rows = read_jsonl(small_task / "train.jsonl")
-    lines = [json.dumps({k: v for k, v in row.items() if k != "rationale"}) for row in rows]
-    (tmp_path / "bare" / "train.jsonl").write_text("\n".join(lines))
+    rows = [{k: v for k, v in row.items() if k != "rationale"} for row in rows]
+    write_jsonl(tmp_path / "bare" / "train.jsonl", rows)
     status, _, error = here("table2", "--dataset", "bare", *ONE_SEED)
     assert status == 1 and error.count("FAILED") == 2 and error.count("needs rationales") == 2
     assert [r["method"] for r in rows_of(tmp_path / "results" / "table2")] == ["standard"]
     report = (tmp_path / "results" / "table2" / "report.md").read_text()
     assert "needs rationales" in report.split("## What was not run")[1]
-
-
-# --------------------------------------------------------------------------------------- inputs
 
 
 def test_shuffled_rationales_are_other_examples(tmp_path, monkeypatch):
