@@ -612,32 +612,32 @@ def _join_files(
 # Where a completion runs on into an invented example: at a line's start, or after a sentence.
 INVENTED = re.compile(r"(?:^|(?<=[.!?]))[ \t*_#]*(?:Q|Question|Input|Premise)[*_]*:", re.MULTILINE)
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
-# Markdown: what stands at a line's start before its text, and emphasis, code and quotes around it.
-LINE_MARKS = "#>*+•- \t"
-MARKS = "*_`\"'“‘"
-CLOSING = str.maketrans("“‘", "”’")
-SKIP = r"(?:\n[ \t]*(?:(?:[-+*•>]|#+)(?:[ \t]+|(?=\n)))+|[\s:])*"  # from a marker to its label
+# Markdown's emphasis and code, and quotes; the marks of headings, quotations and lists.
+OPENING, CLOSING = "*_`\"'“‘", "*_`\"'”’"
+LINE_MARKS = "#>*+•-"
+SKIP = rf"(?:\n(?:[ \t]*[{LINE_MARKS}]+(?=\s))+|[\s:])*"  # from a marker to its answer
 LINE = re.compile(rf"{SKIP}(.*)")
-CHOICE = re.compile(rf"{SKIP}([{MARKS}]*)\([*_`]*[{LETTERS}][*_`]*\)(?:[*_`]+(?!\w))?[ \t]*(.*)")
+CHOICE = re.compile(rf"([{OPENING}]*)\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*(.*)")
 # The full stop that ends an answer: the line's last, or one before a space, but not U.S. or Dr.
 STOP = re.compile(
-    r"(?<!\.[A-Za-z])(?<!\bMrs)(?<!\b(?:Mr|Ms|Dr|St))\.(?=[*_`\"'”’]*\s)|\.(?=[*_`\"'”’]*$)"
+    rf"(?:(?<!\.[A-Za-z])(?<!\b[DMS][rst])|(?=.[{CLOSING}]*$))\.([{CLOSING}]*)(?:\s|$).*"
 )
-# The released parser's expression, see `_released_expression`.
-EXPRESSION = re.compile(rf"[\s:$]*((?:{NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+)")
-# How others write numbers and what they compute with: emphasis, 1,000, $5, 3 x 4, 5 red apples, 5%.
-EMPHASIS = re.compile(r"(?<![\w).*])(\*{1,3}|_{1,3}|`+|[\"$])(?=\S)(.+?)(?<=\S)\1(?![\w(])")
-MAX_MARKED = 200  # characters of an expression in which emphasis is looked for
+EMPHASIS = re.compile(r"(?<!\S)(\*+)(?=\S)(.+?)(?<=\S)\1(?![\w(])")
+# How others write numbers: 1,000 for 1000, $5, 3 x 4, and 5 red apples.
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 TIMES = re.compile(r"(?<=[\d)])\s*[xX×·]\s*(?=[\d($-])")
-SIGNS = str.maketrans({"÷": "/", "−": "-", "–": "-", "×": "*", "\\": " "} | dict.fromkeys("$€£¥"))
-COMPUTES = (  # words that change a number's value, so that they are no units; and variables
-    "and|or|not|if|plus|minus|times|over|of|by|to|from|mod|divided|multiplied|squared|cubed|factorial|"
-    "dozens?|hundreds?|thousands?|millions?|billions?|trillions?|half|thirds?|quarters?|percent|more|"
-    "less|fewer|than|one|two|three|four|five|six|seven|eight|nine|ten|[exyznkKMB]|bn"
-)
-WORD = rf"(?!(?:{COMPUTES})\b)[^\W\d_]+(?:[/'’-][^\W\d_]+)*[²³]?"
+SIGNS = str.maketrans("÷−–", "/--", "$€£¥\\_`\"“”")
+WORD = r"[^\W\d_]+(?:[/'’-][^\W\d_]+)*"
 UNITS = re.compile(rf"(?<=[\d).])\s*°?{WORD}(?:\s+{WORD}){{0,3}}(?=\s*(?:[-+*/)]|$))")
+# Words that compute or compare, and variables: a number with one of these has another value.
+COMPUTES = frozenset(
+    "and or not if plus minus times over of by to from mod divided multiplied squared cubed "
+    "factorial dozen dozens hundred hundreds thousand thousands million millions billion billions "
+    "trillion trillions half third thirds quarter quarters percent more less fewer than one two "
+    "three four five six seven eight nine ten bn e x y z n k K M B".split()
+)
+# The released parser's expression: arithmetic, and lists such as "(3 + 1) and (9 - 2)".
+RELEASED = re.compile(rf"\(({NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+")
 
 
 def parse_completion(
@@ -654,10 +654,11 @@ def parse_completion(
     task = get_task(name)
     text = INVENTED.split(completion.strip(), maxsplit=1)[0]
     end, found = len(text), None
-    for match in _markers(task).finditer(text):
+    for match in _marker(task).finditer(text):
         if match.start() >= end:
             break
         rationale, opened = _before(text[: match.start()])
+        opened = "" if match["closed"].strip(":") else opened
         window = text[match.end() : min(end, match.end() + MAX_LENGTH)]
         label = _answer(task, window, opened, released and task.palm is not None)
         if label and found and not is_correct(task, label, found[1]):
@@ -670,62 +671,62 @@ def parse_completion(
     return found
 
 
-def _markers(task: Task) -> re.Pattern:
-    """Matches any of a task's markers, at the start of a word, across line breaks, with marks of
-    emphasis in it and after it."""
-    parts = [[re.findall(r"\w+|\W", word) for word in m.split()] for m in (task.marker, *task.also)]
-    words = [[r"[*_`]*".join(map(re.escape, word)) for word in marker] for marker in parts]
-    spellings = "|".join(r"[\s*_`]+".join(marker) for marker in words)
+def _marker(task: Task) -> re.Pattern:
+    """Matches any of a task's markers from the start of a word, with any space and marks of
+    emphasis in it; "closed" are the marks and the colon that end it."""
+    words = (re.findall(r"\w+|[^\w\s]", marker) for marker in (task.marker, *task.also))
+    spellings = "|".join(r"[\s*_`]*".join(map(re.escape, marker)) for marker in words)
     # re keeps the compiled pattern
-    return re.compile(rf"(?<![^\W_])(?:{spellings})[*_`]*(?:[\"'”’](?=[\s:]))?(?::[*_`]*)?")
+    return re.compile(rf"(?<![^\W_])(?:{spellings})(?P<closed>[:{CLOSING}]*(?=\s)|)")
 
 
 def _before(text: str) -> tuple[str, str]:
     """Returns the rationale in the text before a marker, and the marks that open around both
     marker and label: `Snow is white. **` gives ("Snow is white.", "**")."""
-    rest = text.rstrip(MARKS)
+    rest = text.rstrip(OPENING)
     opened = text[len(rest) :]
-    if opened and rest and not rest[-1].isspace():
-        rest, opened = text, ""  # they close something: `"Yes." So the answer is`
+    if rest and not rest[-1].isspace():
+        rest, opened = text, ""  # they close something: `"Yes."So the answer is`
     lines = rest.split("\n")
-    while lines and not lines[-1].strip(LINE_MARKS):
+    while lines and not lines[-1].strip(LINE_MARKS + " \t"):
         lines.pop()
     return "\n".join(lines).strip(), opened
 
 
-def _bare(text: str, *opened: str) -> str:
-    """Returns a text without the marks that go around all of it, and without those that close
-    what was `opened` before it."""
+def _bare(text: str) -> str:
+    """Returns a label without the marks around it; `"yes" or "no"`, *a* and *b*, 'tis stay."""
     text = text.strip()
-    for close in (mark.translate(CLOSING)[::-1] for mark in opened if mark):
-        text = text.removesuffix(close).rstrip()
-    while start := re.match(rf"[*_`]+|[{MARKS}]", text):
-        inner = text[start.end() :]
-        at = inner.find(start[0].translate(CLOSING))
-        if 0 <= at < len(inner) - len(start[0]) or (at < 0 and start[0] == "'"):
-            break  # "yes" or "no", 'tis
-        text = (inner if at < 0 else inner[:at]).strip()
-    end = text[len(text.rstrip("*`")) :]
-    return text.removesuffix(end).rstrip() if end and text.count(end) == 1 else text
+    start = text[: len(text) - len(text.lstrip(OPENING))]
+    inner = text[len(start) :].rstrip(CLOSING)
+    end = text[len(start + inner) :]
+    within = (start and start in inner) or (end and end in inner)
+    apostrophe = start + end in ("'", "‘", "’")
+    return text if within or apostrophe or not inner else inner.strip()
 
 
 def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
-    """Returns the label at the start of a text, just after a marker."""
+    """Returns the label at the start of a text, just after a marker; `opened` are the marks
+    before the marker."""
+    match = LINE.match(text)
+    line = match[1].rstrip()
+    sentence = STOP.sub(r"\1", line)
     if task.scorer == "arithmetic":
-        return _released_expression(text) if released else _expression(text, opened)
+        # "7" is not the answer where the next line is "+ 2".
+        if sentence == line and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
+            return None
+        return _expression(sentence, opened, released)
     for label in sorted(task.labels or (), key=len, reverse=True):
         # "neutral.", "**neutral**", "neutral, as he ...", but not "neutral or contradiction".
-        if match := re.match(rf"{SKIP}[{MARKS}]*{_spelling(label)}(?![^\W_]|-|_\w)(.*)", text):
-            rest = STOP.split(match[1], maxsplit=1)[0]
+        if match := re.match(rf"[{OPENING}]*{_spelling(label)}(?![^\W_]|-|_\w)(.*)", line):
+            rest = STOP.sub("", match[1])
             others = (rf"(?<!\w){_spelling(other)}(?!\w)" for other in task.labels)
             return None if any(re.search(other, rest) for other in others) else label
-    match = (CHOICE if task.choices else LINE).match(text)
-    if not match:
-        return None
-    *inner, line = match.groups()
-    label = _bare(STOP.split(line.rstrip(), maxsplit=1)[0], *inner, opened)
-    # Two choices are no answer: "(a) ocean or (b) sea."
-    return None if task.choices and re.search(rf"\([{LETTERS}]\)", label) else label or None
+    if task.choices:
+        match = CHOICE.match(sentence)
+        sentence = match[1] + match[2] if match else ""
+        if re.search(rf"\([{LETTERS}]\)", sentence):  # "(a) ocean or (b) sea" is no answer
+            return None
+    return _bare(opened + sentence) if sentence else None
 
 
 def _spelling(label: str) -> str:
@@ -733,43 +734,45 @@ def _spelling(label: str) -> str:
     return r"\s+".join(map(re.escape, label.split()))
 
 
-def _expression(text: str, opened: str) -> str | None:
-    """Returns the whole expression at the start of a text, as numbers, + - * / and parentheses;
-    None where the sentence holds anything else than that, marks and units. After `=`
-    it must have the same value."""
-    match = LINE.match(text)
-    parts = STOP.split(match[1].rstrip(), maxsplit=1)
-    if len(parts) == 1 and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
-        return None  # it goes on in the next line
-    sentence = parts[0].strip()
-    # "(9) * 2" has no emphasis in it.
-    if evaluate_arithmetic(sentence) is None and len(sentence) <= MAX_MARKED:
-        sentence = EMPHASIS.sub(r"\2", _bare(sentence, opened))
-    sides = [_numbers(side) for side in sentence.split("=")]
-    same = all(_same_value(side, sides[0]) for side in sides)
-    return sides[0] if same else None
+def _expression(sentence: str, opened: str, released: bool) -> str | None:
+    """Returns the whole expression that a sentence is, as numbers, + - * / and parentheses; None
+    where it holds anything but that, marks and units. After `=` it must have the same value."""
+    plain = EMPHASIS.sub(r"\2", opened + sentence)
+    if released:
+        return _released_expression(plain)
+    for text in (sentence, plain):  # "(9) * 2" has no emphasis in it
+        sides = [_numbers(side) for side in text.split("=")]
+        if all(_same_value(side, sides[0]) for side in sides):
+            return sides[0]
+    return None
 
 
 def _numbers(text: str) -> str:
-    """Returns an expression as `evaluate_arithmetic` reads it: "$1,000 x 3 = " is "1000 * 3"."""
+    """Returns an expression as `evaluate_arithmetic` reads it: "$1,000 x 3 boxes" is "1000 * 3"."""
     if evaluate_arithmetic(text) is None:
-        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.strip())
-        text = TIMES.sub(" * ", text).translate(SIGNS)
-        text = re.sub(rf"^([-+ ]*(?:{NUMBER}))\s*%$", r"\1", UNITS.sub("", text.strip()))
+        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+        text = TIMES.sub(" * ", text).translate(SIGNS).strip()
+        text = re.sub(rf"^(-?{NUMBER})\s*%$", r"\1", UNITS.sub(_without_unit, text))
     return " ".join(text.split())
 
 
+def _without_unit(match: re.Match) -> str:
+    words = re.findall(r"[^\W\d_]+", match[0])
+    words = {word if len(word) == 1 else word.lower() for word in words}
+    return match[0] if words & COMPUTES else ""
+
+
 def _released_expression(text: str) -> str | None:
-    """Returns an expression as the released parser cuts it: "(16 * 17) * 4." becomes "(16 * 17)";
+    """Returns an expression as the released parser cuts it: "(16 * 17) * 4" becomes "(16 * 17)";
     of "(3 + 1) and (9 - 2)" the last remains, which is the value of Python's `and`."""
-    match = EXPRESSION.match(EMPHASIS.sub(r"\2", text[:MAX_MARKED]) + text[MAX_MARKED:])
-    run = match[1].strip() if match else ""
-    if run.count("(") > run.count(")") or not run.startswith("(") or run[-1] in "+-*/":
+    match = RELEASED.match(text.lstrip("$"))
+    run = match[0].strip() if match else ""
+    if run.count("(") > run.count(")") or run.endswith(("+", "-", "*", "/")):
         return None  # the completion was cut off: "(120 /", "(9 - 2) * (3"
     label = run.split("and")[-1].strip()
     label = label[: label.rfind(")") + 1]
-    while label.count(")") > label.count("("):  # one around the sentence or the whole list
-        label = label[: label.rfind(")", 0, -1) + 1]
+    if label.count(")") > label.count("("):  # one around the sentence or the whole list
+        label = label[:-1]
     return label if evaluate_arithmetic(label) is not None else None
 
 
