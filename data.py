@@ -614,6 +614,7 @@ INVENTED = re.compile(r"(?:^|(?<=[.!?]))[ \t*_#]*(?:Q|Question|Input|Premise)[*_
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
 # Markdown's emphasis and code, and quotes; the marks of headings, quotations and lists.
 OPENING, CLOSING = "*_`\"'“‘", "*_`\"'”’"
+CLOSE = str.maketrans(OPENING, CLOSING)
 LINE_MARKS = "#>*+•-"
 SKIP = rf"(?:\n(?:[ \t]*[{LINE_MARKS}]+(?=\s))+|[\s:])*"  # from a marker to its answer
 LINE = re.compile(rf"{SKIP}(.*)")
@@ -622,11 +623,14 @@ CHOICE = re.compile(rf"([{OPENING}]*)\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*(.*)
 STOP = re.compile(
     rf"(?:(?<!\.[A-Za-z])(?<!\b[DMS][rst])|(?=.[{CLOSING}]*$))\.([{CLOSING}]*)(?:\s|$).*"
 )
-EMPHASIS = re.compile(r"(?<!\S)(\*+)(?=\S)(.+?)(?<=\S)\1(?![\w(])")
+EMPHASIS = re.compile(
+    r"(?<!\S)([*_`]+|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])"
+)
+LONE = re.compile(r"^[*_`\"“]+|[*_`\"”]+$")
 # How others write numbers: 1,000 for 1000, $5, 3 x 4, and 5 red apples.
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-TIMES = re.compile(r"(?<=[\d)])\s*[xX×·]\s*(?=[\d($-])")
-SIGNS = str.maketrans("÷−–", "/--", "$€£¥\\_`\"“”")
+TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d($])")
+SIGNS = str.maketrans("×·÷−–", "**/--", "$€£¥\\")
 WORD = r"[^\W\d_]+(?:[/'’-][^\W\d_]+)*"
 UNITS = re.compile(rf"(?<=[\d).])\s*°?{WORD}(?:\s+{WORD}){{0,3}}(?=\s*(?:[-+*/)]|$))")
 # Words that compute or compare, and variables: a number with one of these has another value.
@@ -634,7 +638,7 @@ COMPUTES = frozenset(
     "and or not if plus minus times over of by to from mod divided multiplied squared cubed "
     "factorial dozen dozens hundred hundreds thousand thousands million millions billion billions "
     "trillion trillions half third thirds quarter quarters percent more less fewer than one two "
-    "three four five six seven eight nine ten bn e x y z n k K M B".split()
+    "three four five six seven eight nine ten bn e x y z n k K M B ² ³".split()
 )
 # The released parser's expression: arithmetic, and lists such as "(3 + 1) and (9 - 2)".
 RELEASED = re.compile(rf"\(({NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+")
@@ -696,12 +700,9 @@ def _before(text: str) -> tuple[str, str]:
 def _bare(text: str) -> str:
     """Returns a label without the marks around it; `"yes" or "no"`, *a* and *b*, 'tis stay."""
     text = text.strip()
-    start = text[: len(text) - len(text.lstrip(OPENING))]
-    inner = text[len(start) :].rstrip(CLOSING)
-    end = text[len(start + inner) :]
-    within = (start and start in inner) or (end and end in inner)
-    apostrophe = start + end in ("'", "‘", "’")
-    return text if within or apostrophe or not inner else inner.strip()
+    while match := EMPHASIS.fullmatch(text):
+        text = match[2]
+    return LONE.sub(lambda match: match[0] if text.count(match[0]) > 1 else "", text).strip()
 
 
 def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
@@ -709,12 +710,12 @@ def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
     before the marker."""
     match = LINE.match(text)
     line = match[1].rstrip()
-    sentence = STOP.sub(r"\1", line)
+    sentence = STOP.sub(r"\1", line).removesuffix(opened.translate(CLOSE)[::-1])
     if task.scorer == "arithmetic":
         # "7" is not the answer where the next line is "+ 2".
-        if sentence == line and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
+        if not STOP.search(line) and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
             return None
-        return _expression(sentence, opened, released)
+        return (_released_expression if released else _expression)(sentence)
     for label in sorted(task.labels or (), key=len, reverse=True):
         # "neutral.", "**neutral**", "neutral, as he ...", but not "neutral or contradiction".
         if match := re.match(rf"[{OPENING}]*{_spelling(label)}(?![^\W_]|-|_\w)(.*)", line):
@@ -726,7 +727,7 @@ def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
         sentence = match[1] + match[2] if match else ""
         if re.search(rf"\([{LETTERS}]\)", sentence):  # "(a) ocean or (b) sea" is no answer
             return None
-    return _bare(opened + sentence) if sentence else None
+    return _bare(sentence) or None
 
 
 def _spelling(label: str) -> str:
@@ -734,13 +735,10 @@ def _spelling(label: str) -> str:
     return r"\s+".join(map(re.escape, label.split()))
 
 
-def _expression(sentence: str, opened: str, released: bool) -> str | None:
+def _expression(sentence: str) -> str | None:
     """Returns the whole expression that a sentence is, as numbers, + - * / and parentheses; None
     where it holds anything but that, marks and units. After `=` it must have the same value."""
-    plain = EMPHASIS.sub(r"\2", opened + sentence)
-    if released:
-        return _released_expression(plain)
-    for text in (sentence, plain):  # "(9) * 2" has no emphasis in it
+    for text in (sentence, EMPHASIS.sub(r"\2", sentence)):  # "(9) * 2" has no emphasis in it
         sides = [_numbers(side) for side in text.split("=")]
         if all(_same_value(side, sides[0]) for side in sides):
             return sides[0]
@@ -762,10 +760,10 @@ def _without_unit(match: re.Match) -> str:
     return match[0] if words & COMPUTES else ""
 
 
-def _released_expression(text: str) -> str | None:
+def _released_expression(sentence: str) -> str | None:
     """Returns an expression as the released parser cuts it: "(16 * 17) * 4" becomes "(16 * 17)";
     of "(3 + 1) and (9 - 2)" the last remains, which is the value of Python's `and`."""
-    match = RELEASED.match(text.lstrip("$"))
+    match = RELEASED.match(EMPHASIS.sub(r"\2", sentence).lstrip("$"))
     run = match[0].strip() if match else ""
     if run.count("(") > run.count(")") or run.endswith(("+", "-", "*", "/")):
         return None  # the completion was cut off: "(120 /", "(9 - 2) * (3"
