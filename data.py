@@ -193,35 +193,41 @@ class Task:
     choices: bool = False  # multiple choice: each input ends in its "Answer Choices:"
 
 
-def typed(record: dict, key: str, *kinds: type) -> Any:
-    """Returns record[key]. ValueError with the key, the value and the wanted types where it has
-    another type, KeyError where there is no such key."""
-    if type(record[key]) not in kinds:
+def typed(key: str, value: Any, *kinds: type) -> Any:
+    """Returns the value of a key. ValueError with both and the wanted types where it has another
+    type."""
+    if type(value) not in kinds:
         wanted = " or ".join(WANTED[kind] for kind in kinds)
-        raise ValueError(f"{key} {record[key]!r:.200} is not {wanted}")
-    return record[key]
+        raise ValueError(f"{key} {value!r:.200} is not {wanted}")
+    return value
 
 
 def _read_own(r: dict) -> tuple[str | None, Text, str | None]:
     input = r["input"]
-    return typed(r, "id", str), tuple(input) if isinstance(input, list) else input, r.get("label")
+    return (
+        typed("id", r["id"], str),
+        tuple(input) if isinstance(input, list) else input,
+        r.get("label"),
+    )
 
 
 def _read_choices(r: dict) -> tuple[str | None, Text, str | None]:
-    choices = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, typed(r, "choices", list))]
-    question = typed(r, "question", str)
-    return r["id"], "\n".join([question, "Answer Choices:", *choices]), r["answer"]
+    choices = zip(LETTERS, typed("choices", r["choices"], list))
+    lines = [f"({letter}) {choice}" for letter, choice in choices]
+    question = typed("question", r["question"], str)
+    return r["id"], "\n".join([question, "Answer Choices:", *lines]), r["answer"]
 
 
 def _read_nli(r: dict) -> tuple[str | None, Text, str | None]:
-    label = typed(r, "label", int, float)  # pandas writes 1.0
+    label = typed("label", r["label"], int, float)  # pandas writes 1.0
     if label not in (0, 1, 2):
         raise ValueError(f"label {label!r} is not 0 {NLI[0]}, 1 {NLI[1]} or 2 {NLI[2]}")
-    return r.get("uid"), (typed(r, "premise", str), typed(r, "hypothesis", str)), NLI[int(label)]
+    parts = (typed(key, r[key], str) for key in ("premise", "hypothesis"))
+    return r.get("uid"), tuple(parts), NLI[int(label)]
 
 
 def _read_asdiv(r: dict) -> tuple[str | None, Text, str | None]:
-    return r["ID"], f"{typed(r, 'Body', str)}\n{typed(r, 'Question', str)}", None
+    return r["ID"], "\n".join(typed(key, r[key], str) for key in ("Body", "Question")), None
 
 
 # fmt: off
@@ -314,7 +320,7 @@ def _read_task_file(path: Path) -> dict:
 def _labels_seen(path: Path, form: str, changed: int, size: int) -> tuple[str, ...] | None:
     """Returns the labels in a train.jsonl, or None if they are more than 20. A file that changed
     has another time or size, so the cache does not hide it."""
-    lines = _read(path, lambda r: _text(r, "label"), form)
+    lines = _read(path, lambda r: _text("label", r.get("label")), form)
     labels = sorted({label for _, label in lines} - {None})
     return tuple(labels) if 0 < len(labels) <= 20 else None
 
@@ -376,13 +382,9 @@ def load_dataset(
             _join_completions(task, path, examples, answers)
     elif answers:
         tasks = [task, *([get_task(mixed_with)] if mixed_with else [])]
-        others = [(t, s) for t in tasks for s in t.splits if (t, s) != (task, split)]
-        others = [(t, s) for t, s in others if has_split(t, s, root)]
-
-        def other_ids() -> set[str]:
-            return {example.id for t, s in others for example in load_dataset(t, s, root)}
-
-        counts["teacher_ids_unmatched"] += _join_files(task, examples, answers, other_ids)
+        others = [(t, s) for t in tasks for s in t.splits if has_split(t, s, root)]
+        others.remove((task, split))
+        counts["teacher_ids_unmatched"] += _join_files(task, examples, answers, others, root)
     if task.cut and split != "test":
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]
     for example in examples:
@@ -466,8 +468,8 @@ def read_records(
                 raise ValueError("not a JSON object")
             made = make(value)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            reason = getattr(error, "msg", reason)  # JSON's own line and column would confuse
+            # Of JSON's errors the message alone: their own line and column would confuse.
+            reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "msg", error)
             if isinstance(error, (TypeError, AttributeError, IndexError)):
                 kinds = ", ".join(f"{key} {type(v).__name__}" for key, v in value.items())
                 reason = f"{error} ({kinds})"
@@ -480,16 +482,15 @@ def read_records(
 def other_form(path: Path | str, content: bytes, csv: bool = False) -> str:
     """Returns "" for a file of lines in UTF-8; else what the file is, and how to convert it. A file
     is CSV only if `csv` says that it should have been JSON."""
-    name = shlex.quote(str(path))
-    encoding = json.detect_encoding(content)
-    if not encoding.startswith("utf-8"):
-        encoding = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
-        return f"{encoding}, not UTF-8; convert it: `iconv -f {encoding} -t UTF-8 {name} > new`"
+    name, text = shlex.quote(str(path)), ""
+    encoding = re.sub("-([LB]E)$", r"\1", json.detect_encoding(content).upper())
     try:
         text = content.decode(UTF8).strip()
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{content[error.start]:02x} at {error.start}"
-        return f"{byte} is not UTF-8; if it is latin-1, `iconv -f LATIN1 -t UTF-8 {name} > new`"
+    except UnicodeDecodeError:
+        encoding = "LATIN1" if encoding.startswith("UTF-8") else encoding
+    if not encoding.startswith("UTF-8"):
+        convert = f"`iconv -f {encoding} -t UTF-8 {name} > new`"
+        return f"not UTF-8; it looks like {encoding}; convert it: {convert}"
     with contextlib.suppress(ValueError, RecursionError):
         if text.startswith("[") and isinstance(json.loads(text), list):
             return f"a JSON array, not JSON lines; convert it: `{CONVERT} json.load{OUT(name)}`"
@@ -521,22 +522,28 @@ def read_example(task: Task, record: dict, rationales: Rationales = None) -> Exa
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"input {input!r} is neither a text nor a list of two")
     "".join(parts).encode()  # ValueError for half of a surrogate pair
-    known = _text({"label": label}, "label")
-    example = Example(typed({"id": id}, "id", str, type(None)), input, known and label)
+    known = _text("label", label)
+    example = Example(typed("id", id, str, type(None)), input, known and label)
     if task.read is None and rationales is None:
-        example.rationale = _text(record, "rationale")
-        example.teacher_label = _text(record, "teacher_label")
+        _add_answer(example, record)
     elif rationales == "human":
-        example.rationale = _text({task.human: record[task.human]}, task.human)
+        example.rationale = _text(task.human, record[task.human])
     if known and (allowed := not_allowed(task, input, known)):
         raise ValueError(f"label {known!r} is not {allowed}")
     return example
 
 
-def _text(record: dict, key: str) -> str | None:
-    """Returns a text without surrounding space; None for null, for blank text and for no text."""
-    value = typed(record, key, str, type(None)) if key in record else None
-    return value and value.encode() and value.strip() or None
+def _add_answer(example: Example, record: dict) -> None:
+    """Copies a teacher's rationale and label from a record in our own format."""
+    example.rationale = _text("rationale", record.get("rationale"))
+    example.teacher_label = _text("teacher_label", record.get("teacher_label"))
+
+
+def _text(key: str, value: Any) -> str | None:
+    """Returns a text without surrounding space; None for null and for blank text."""
+    text = typed(key, value, str, type(None)) or ""
+    text.encode()  # ValueError for half of a surrogate pair
+    return text.strip() or None
 
 
 def _choices(input: Text) -> list[str]:
@@ -578,26 +585,30 @@ def _join_completions(task: Task, path: Path, examples: list[Example], files: li
 
 
 def _join_files(
-    task: Task, examples: list[Example], files: list[Path], other_ids: Callable[[], set[str]]
+    task: Task,
+    examples: list[Example],
+    files: list[Path],
+    others: list[tuple[Task, str]],
+    root: str | Path,
 ) -> int:
     """Joins a teacher's answers in our own format to examples by id. Returns the number of ids
-    that are neither an example's nor among `other_ids()`."""
+    that are neither an example's nor in `others`, which are splits of this and other datasets."""
     by_id, seen, n_unmatched = {example.id: example for example in examples}, set(), 0
 
     def join(r: dict) -> str:
-        if typed(r, "id", str) in seen:
-            raise ValueError(f"id {r['id']!r} occurs twice")
-        seen.add(r["id"])
-        example = by_id.get(r["id"], Example("", "", None))
-        example.rationale = _text(r, "rationale")
-        example.teacher_label = _text(r, "teacher_label")
-        return r["id"]
+        id = typed("id", r["id"], str)
+        if id in seen:
+            raise ValueError(f"id {id!r} occurs twice")
+        seen.add(id)
+        _add_answer(by_id.get(id, Example("", "", None)), r)
+        return id
 
     form = '{"id": "7", "rationale": "because", "teacher_label": "yes"}'
     for file in files:
         ids = {id for _, id in _read(file, join, form, "teacher.py, or --rationales is mistyped")}
         unmatched = ids - by_id.keys()
-        unmatched -= other_ids() if unmatched else set()  # reading them takes a while
+        for other, split in others if unmatched else ():  # reading them takes a while
+            unmatched -= {example.id for example in load_dataset(other, split, root)}
         if unmatched == ids:
             raise UserError(
                 f"{file} is for another dataset: none of its {len(ids)} ids is in {task.name}, "
@@ -623,9 +634,7 @@ CHOICE = re.compile(rf"([{OPENING}]*)\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*(.*)
 STOP = re.compile(
     rf"(?:(?<!\.[A-Za-z])(?<!\b[DMS][rst])|(?=.[{CLOSING}]*$))\.([{CLOSING}]*)(?:\s|$).*"
 )
-EMPHASIS = re.compile(
-    r"(?<!\S)([*_`]+|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])"
-)
+EMPHASIS = re.compile(r"(?<!\S)([*_`]+|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])")
 LONE = re.compile(r"^[*_`\"“]+|[*_`\"”]+$")
 # How others write numbers: 1,000 for 1000, $5, 3 x 4, and 5 red apples.
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -713,7 +722,9 @@ def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
     sentence = STOP.sub(r"\1", line).removesuffix(opened.translate(CLOSE)[::-1])
     if task.scorer == "arithmetic":
         # "7" is not the answer where the next line is "+ 2".
-        if not STOP.search(line) and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
+        if not STOP.search(line) and re.match(
+            r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]
+        ):
             return None
         return (_released_expression if released else _expression)(sentence)
     for label in sorted(task.labels or (), key=len, reverse=True):
@@ -946,13 +957,10 @@ def check_labels(
 
 def unknown_characters(texts: Iterable[Text], tokenizer: Any) -> list[str]:
     """Returns the ten most frequent characters that the vocabulary lacks."""
-    counts = Counter()
-    for text in texts:
-        counts.update("".join(text))
-    characters = list(counts)
-    unknown = zip(characters, tokenizer.encode_batch(characters))
-    unknown = {c: counts[c] for c, ids in unknown if tokenizer.unk_id in ids}
-    return [c for c, _ in Counter(unknown).most_common(10)]
+    counts = Counter(chain.from_iterable(map("".join, texts)))
+    characters = [c for c, _ in counts.most_common()]
+    encoded = zip(characters, tokenizer.encode_batch(characters))
+    return [c for c, ids in encoded if tokenizer.unk_id in ids][:10]
 
 
 @dataclass
