@@ -203,12 +203,9 @@ def typed(key: str, value: Any, *kinds: type) -> Any:
 
 
 def _read_own(r: dict) -> tuple[str | None, Text, str | None]:
-    input = r["input"]
-    return (
-        typed("id", r["id"], str),
-        tuple(input) if isinstance(input, list) else input,
-        r.get("label"),
-    )
+    parts = r["input"]
+    input = tuple(parts) if isinstance(parts, list) else parts
+    return typed("id", r["id"], str), input, r.get("label")
 
 
 def _read_choices(r: dict) -> tuple[str | None, Text, str | None]:
@@ -284,11 +281,10 @@ def get_task(name: str | Task) -> Task:
     facts = _read_task_file(folder / "task.json")
     cut = not (folder / "valid.jsonl").is_file()
     task = replace(task, folder=str(folder), cut=cut, **facts)
-    if "labels" not in facts and task.scorer == "text":
-        stat = train.stat()
-        labels = _labels_seen(train, _form(task), stat.st_mtime_ns, stat.st_size)
-        task = replace(task, labels=labels)
-    return task
+    if "labels" in facts or task.scorer == "arithmetic":
+        return task
+    stat = train.stat()
+    return replace(task, labels=_labels_seen(train, stat.st_mtime_ns, stat.st_size))
 
 
 def _read_task_file(path: Path) -> dict:
@@ -298,16 +294,15 @@ def _read_task_file(path: Path) -> dict:
     try:
         facts = json.loads(path.read_bytes())
         fields = {key: facts[key] for key in facts.keys() & {"labels", "scorer", "marker"}}
-        if "marker" in fields:
+        if "marker" in facts:
             fields["marker"] = " ".join(facts["marker"].split())
         if facts.get("labels") is not None:
-            fields["labels"] = tuple(label.strip() for label in facts["labels"])
-            if not isinstance(facts["labels"], list) or not facts["labels"]:
-                raise ValueError("no labels")
-        if "" in (fields.get("marker"), *(fields.get("labels") or ())):
-            raise ValueError("an empty text")
-        if facts.get("scorer", "text") not in ("text", "arithmetic"):
-            raise ValueError("an unknown scorer")
+            labels = typed("labels", facts["labels"], list)
+            fields["labels"] = tuple(label.strip() for label in labels)
+        empty = "" in (fields.get("marker"), *(fields.get("labels") or ()))
+        scorer = facts.get("scorer", "text")
+        if empty or facts.get("labels") == [] or scorer not in ("text", "arithmetic"):
+            raise ValueError("an unknown scorer, or nothing where a text should be")
         return fields
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(
@@ -317,10 +312,10 @@ def _read_task_file(path: Path) -> dict:
 
 
 @functools.lru_cache(maxsize=16)
-def _labels_seen(path: Path, form: str, changed: int, size: int) -> tuple[str, ...] | None:
+def _labels_seen(path: Path, changed: int, size: int) -> tuple[str, ...] | None:
     """Returns the labels in a train.jsonl, or None if they are more than 20. A file that changed
     has another time or size, so the cache does not hide it."""
-    lines = _read(path, lambda r: _text("label", r.get("label")), form)
+    lines = _read(path, lambda r: _text("label", r.get("label")), OWN_FORM.format('"yes"'))
     labels = sorted({label for _, label in lines} - {None})
     return tuple(labels) if 0 < len(labels) <= 20 else None
 
@@ -406,6 +401,7 @@ def split_indices(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[n_valid:]), np.sort(order[:n_valid])
 
 
+OWN_FORM = '{{"id": "7", "input": "text, or a list of two", "label": {}}}'
 UTF8 = "utf-8-sig"  # passes over a byte order mark
 CONVERT = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in'
 OUT = '(sys.stdin)]" < {} > new'.format
@@ -440,12 +436,15 @@ class _Keys(dict):
 
 def _form(task: Task) -> str:
     """Returns an example of a line in the task's files."""
-    label = task.labels[0] if task.labels else "1 + 2" if task.scorer == "arithmetic" else "yes"
-    keys = _Keys() if task.read else {"id": "7", "input": "text, or a list of two", "label": label}
-    if task.read and not task.record:
-        with contextlib.suppress(Exception):  # it may want no text where it gets one
-            task.read(keys)
-    return task.record or json.dumps(keys, ensure_ascii=False)
+    if task.record:
+        return task.record
+    if task.read is None:
+        label = task.labels[0] if task.labels else "1 + 2" if task.scorer == "arithmetic" else "yes"
+        return OWN_FORM.format(json.dumps(label, ensure_ascii=False))
+    keys = _Keys()
+    with contextlib.suppress(Exception):  # it may want no text where it gets one
+        task.read(keys)
+    return json.dumps(keys)
 
 
 def read_records(
@@ -567,13 +566,11 @@ def _join_completions(task: Task, path: Path, examples: list[Example], files: li
     completions = []
     for file in files:
         try:
-            shard = json.loads(file.read_bytes())
-            if not (isinstance(shard, list) and all(isinstance(text, str) for text in shard)):
-                raise ValueError("not a JSON list of texts")
+            shard = typed("the file", json.loads(file.read_bytes()), list)
+            completions += [typed("a completion", text, str) for text in shard]
         except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{file}: {reason}; it comes from {task.source}") from None
-        completions += shard
     if len(completions) != len(examples):
         raise UserError(
             f"{files[0]} and those after it are for another dataset: {len(completions)} "
@@ -644,10 +641,10 @@ WORD = r"[^\W\d_]+(?:[/'’-][^\W\d_]+)*"
 UNITS = re.compile(rf"(?<=[\d).])\s*°?{WORD}(?:\s+{WORD}){{0,3}}(?=\s*(?:[-+*/)]|$))")
 # Words that compute or compare, and variables: a number with one of these has another value.
 COMPUTES = frozenset(
-    "and or not if plus minus times over of by to from mod divided multiplied squared cubed "
+    "and or not if plus minus times over of by to from mod divided multiplied squared cubed point "
     "factorial dozen dozens hundred hundreds thousand thousands million millions billion billions "
-    "trillion trillions half third thirds quarter quarters percent more less fewer than one two "
-    "three four five six seven eight nine ten bn e x y z n k K M B ² ³".split()
+    "trillion half halves third thirds quarter quarters percent more less fewer than pi bn e x y z "
+    "n k K M B ² ³".split()
 )
 # The released parser's expression: arithmetic, and lists such as "(3 + 1) and (9 - 2)".
 RELEASED = re.compile(rf"\(({NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+")
@@ -935,22 +932,21 @@ def check_labels(
     choices = {choice for input in inputs for choice in _choices(input)} if task.choices else ()
     texts = sorted({*labels, *choices})
     back = dict(zip(texts, map(tokenizer.decode, tokenizer.encode_batch(texts))))
+    lost = {text for text in texts if back[text].split() != text.split()}
     changed = [text for text in texts if back[text] != text]
-    lost = [text for text in changed if back[text].split() != text.split()]
-    faults = " ".join(sorted({c for text in lost for c in {*text} - {*back[text]}}))
-    first = list(dict.fromkeys([*lost, *changed]))[:5]
-    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in first)
+    changed.sort(key=lambda text: text not in lost)
+    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in changed[:5])
     problem = f"{len(changed)} labels or choices come back changed from the vocabulary: {shown}"
-    problem += f"; it cannot write these characters: {faults}" if faults else ""
+    if faults := " ".join(sorted({c for text in lost for c in {*text} - {*back[text]}})):
+        problem += f"; it cannot write these characters: {faults}"
     written = {" ".join(back[label].split()) for label in closed}
-    if {*lost} & {*closed} or len(written) < len(closed):
+    if lost & {*closed} or len(written) < len(closed):
         raise UserError(f"{problem}; write these labels in other characters, each its own way")
+    notes = [f"warning: {problem}"] if changed else []
     alike: dict[str, list[str]] = {}
     for label in sorted(labels) if task.scorer == "text" else ():
         alike.setdefault(" ".join(label.split()).casefold(), []).append(label)
-    twins = [", ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
-    notes = [f"warning: {problem}"] if changed else []
-    if twins:
+    if twins := [", ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
         notes.append(f"warning: labels that differ only in case or space: {'; '.join(twins[:5])}")
     return notes
 
