@@ -22,11 +22,13 @@ bfloat16: its "compute dtype". Softmax is computed in float32 inside the attenti
 
 from __future__ import annotations  # fields' types as text
 
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
@@ -173,24 +175,10 @@ class RMSNorm(nn.Module):
         return normed.to(compute_dtype(self.weight))
 
 
-class Linear(nn.Linear):
-    """x W^T, without a bias vector. `T5.init_weights` or a checkpoint fills W, not torch."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        pass
+Linear = functools.partial(nn.Linear, bias=False)
 
 
-class Embedding(nn.Embedding):
-    """A row of W for each id; filled like Linear's."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class RelativeBias(Embedding):
+class RelativeBias(nn.Embedding):
     """One learned number per head and distance bucket, added to attention scores."""
 
     def __init__(self, config: T5Config, bidirectional: bool):
@@ -385,7 +373,7 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, EncoderBlock, config.num_layers, bidirectional=True)
         self.decoder = Stack(config, DecoderBlock, config.num_decoder_layers, bidirectional=False)
         self.head = None  # tied: the embedding's matrix is used
@@ -595,24 +583,21 @@ def shift_right(labels: Tensor, start: int = 0, pad: int = 0) -> Tensor:
 
 # --------------------------------------------------------------------- weights, in and out
 
-# Ours and Hugging Face's names; {} stands for the number of a block.
+# Ours and Hugging Face's names, at a name's start: the groups stand for the stack and the block.
+BLOCK = r"(\w+)\.blocks\.(\d+)\."
 RENAMES = {
-    "embedding.": "shared.",
-    "head.": "lm_head.",
-    "encoder.bias.": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.",
-    "encoder.blocks.{}.attention.": "encoder.block.{}.layer.0.SelfAttention.",
-    "encoder.blocks.{}.attention_norm.": "encoder.block.{}.layer.0.layer_norm.",
-    "encoder.blocks.{}.ff.": "encoder.block.{}.layer.1.DenseReluDense.",
-    "encoder.blocks.{}.ff_norm.": "encoder.block.{}.layer.1.layer_norm.",
-    "encoder.norm.": "encoder.final_layer_norm.",
-    "decoder.bias.": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.",
-    "decoder.blocks.{}.attention.": "decoder.block.{}.layer.0.SelfAttention.",
-    "decoder.blocks.{}.attention_norm.": "decoder.block.{}.layer.0.layer_norm.",
-    "decoder.blocks.{}.cross.": "decoder.block.{}.layer.1.EncDecAttention.",
-    "decoder.blocks.{}.cross_norm.": "decoder.block.{}.layer.1.layer_norm.",
-    "decoder.blocks.{}.ff.": "decoder.block.{}.layer.2.DenseReluDense.",
-    "decoder.blocks.{}.ff_norm.": "decoder.block.{}.layer.2.layer_norm.",
-    "decoder.norm.": "decoder.final_layer_norm.",
+    r"embedding\.": r"shared.",
+    r"head\.": r"lm_head.",
+    r"(\w+)\.bias\.": r"\1.block.0.layer.0.SelfAttention.relative_attention_bias.",
+    r"(\w+)\.norm\.": r"\1.final_layer_norm.",
+    BLOCK + r"attention\.": r"\1.block.\2.layer.0.SelfAttention.",
+    BLOCK + r"attention_norm\.": r"\1.block.\2.layer.0.layer_norm.",
+    BLOCK + r"cross\.": r"\1.block.\2.layer.1.EncDecAttention.",
+    BLOCK + r"cross_norm\.": r"\1.block.\2.layer.1.layer_norm.",
+    r"(encoder)\.blocks\.(\d+)\.ff\.": r"\1.block.\2.layer.1.DenseReluDense.",
+    r"(encoder)\.blocks\.(\d+)\.ff_norm\.": r"\1.block.\2.layer.1.layer_norm.",
+    r"(decoder)\.blocks\.(\d+)\.ff\.": r"\1.block.\2.layer.2.DenseReluDense.",
+    r"(decoder)\.blocks\.(\d+)\.ff_norm\.": r"\1.block.\2.layer.2.layer_norm.",
 }
 # Other names under which checkpoints repeat a tensor, and what old ones hold that is never used.
 ALIASES = {
@@ -626,11 +611,9 @@ IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 def hf_name(name: str) -> str:
     """A parameter's name in Hugging Face's layout: "decoder.blocks.3.cross.q.weight" ->
     "decoder.block.3.layer.1.EncDecAttention.q.weight"."""
-    number = re.search(r"\d+", name.partition(".ff.")[0])
-    number = number.group() if number else ""
     for ours, theirs in RENAMES.items():
-        if name.startswith(prefix := ours.replace("{}", number)):
-            return theirs.replace("{}", number) + name.removeprefix(prefix)
+        if match := re.match(ours, name):
+            return match.expand(theirs) + name[match.end() :]
     raise AssertionError(f"no Hugging Face name for {name}: RENAMES lacks it")
 
 
@@ -640,9 +623,24 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         refuse_stand_in(path)
-        refuse_large_old_file(path)
+        # Only a .bin in the format of torch 1.6 and later, a zip, can be memory-mapped.
+        mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+        if not mapped and path.stat().st_size > MAX_OLD_BIN_BYTES:
+            raise ValueError(
+                f"{path} is in torch's format before 1.6, which every process would read whole; "
+                f"save it again once, with {path.stat().st_size / 1e9:.1f} GB of free host memory: "
+                f"""`python -c "import os, torch; p = '{path}'; """
+                "torch.save(torch.load(p, weights_only=True), p + '.new'); "
+                "os.replace(p + '.new', p)\"`"
+            )
         try:
-            tensors.update(read_file(path))
+            if path.suffix == ".safetensors":
+                part = load_file(path)
+            else:
+                part = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            if not all(isinstance(key, str) and isinstance(part[key], Tensor) for key in part):
+                raise ValueError("not a mapping from names to tensors")
+            tensors.update(part)
         except Exception as error:  # damaged bytes raise a dozen kinds
             reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on: turn the guard off
             raise ValueError(
@@ -686,38 +684,6 @@ def refuse_stand_in(path: Path) -> None:
         with open(path, "rb") as file:
             if file.read(24).startswith(b"version https://git-lfs"):
                 raise ValueError(f"{path} is a git-lfs pointer; fetch the file: `git lfs pull`")
-
-
-def is_zip(path: Path) -> bool:
-    """Is a .bin in the format of torch 1.6 and later? Only these can be memory-mapped."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def refuse_large_old_file(path: Path) -> None:
-    """ValueError for a large .bin in the format before torch 1.6, with the command that saves it
-    in the newer one."""
-    size = path.stat().st_size
-    if path.suffix == ".safetensors" or size <= MAX_OLD_BIN_BYTES or is_zip(path):
-        return
-    raise ValueError(
-        f"{path} is in torch's format before 1.6, which every process would read whole; save it "
-        f"again once, with {size / 1e9:.1f} GB of free host memory: "
-        f"""`python -c "import os, torch; p = '{path}'; """
-        "torch.save(torch.load(p, weights_only=True), p + '.new'); os.replace(p + '.new', p)\"`"
-    )
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one weight file, memory-mapped where its format allows it."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
-    ):
-        raise ValueError("not a mapping from names to tensors")
-    return tensors
 
 
 def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
