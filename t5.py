@@ -39,8 +39,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+Cache = tuple[Tensor, ...]  # of a decoder block: see `DecoderBlock.start_cache`
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
 MAX_SHARD_BYTES = 2_000_000_000  # of a saved file; a model of several processes is put together so
+INDEX = "model.safetensors.index.json"  # of several files
 MAX_OLD_BIN_BYTES = 5_000_000_000  # a .bin that cannot be memory-mapped is read whole up to here
 
 # The published v1.1 checkpoints, and a tiny one for the bundled task.
@@ -103,17 +105,15 @@ class T5Config:
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_word_embeddings
         for field in fields(self):
-            value, kind = getattr(self, field.name), type(getattr(self, field.name))
-            want = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-            if kind not in want[field.type.split(" ")[0]]:
+            value, least = getattr(self, field.name), 0 if field.name.endswith("_id") else 1
+            wanted = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+            if type(value) not in wanted[field.type.split(" ")[0]]:
                 raise ValueError(f"{field.name} {value!r} in the config must be {field.type}")
-            if kind is int and value < (0 if field.name.endswith("_id") else 1):
-                raise ValueError(f"{field.name} {value} in the config must be positive")
+            if type(value) is int and value < least:
+                raise ValueError(f"{field.name} {value} in the config must be at least {least}")
         if self.feed_forward_proj not in ACTIVATIONS:
-            raise ValueError(
-                f"feed_forward_proj {self.feed_forward_proj!r} is not implemented; "
-                f"allowed: {', '.join(ACTIVATIONS)}"
-            )
+            what = f"feed_forward_proj {self.feed_forward_proj!r}"
+            raise ValueError(f"{what} is not implemented; allowed: {', '.join(ACTIVATIONS)}")
 
     @classmethod
     def preset(cls, size: str, **changes) -> T5Config:
@@ -311,12 +311,7 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        cache: tuple[Tensor, ...] | None = None,
+        self, x: Tensor, memory: Tensor, bias: Tensor, mask: Tensor, cache: Cache | None = None
     ) -> Tensor:
         """x (B, T, D) float32, the encoder's output (B, S, D), causal bias (1, H, T, T), padding
         mask (B, 1, 1, S) -> (B, T, D) float32.
@@ -336,7 +331,7 @@ class DecoderBlock(nn.Module):
         x = x + self.dropout(self.cross(self.cross_norm(x), keys, values, mask))
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
-    def start_cache(self, memory: Tensor, length: int) -> tuple[Tensor, ...]:
+    def start_cache(self, memory: Tensor, length: int) -> Cache:
         """For generation: room for the keys and values of `length` tokens, 2 x (B, H, length, K),
         and the keys and values of the encoder's output, 2 x (B, H, S, K)."""
         keys, values = self.cross.keys_values(memory)
@@ -418,7 +413,8 @@ class T5(nn.Module):
     def encode(self, x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded sources (B, S, D), their mask (B, S) -> the encoder's output (B, S, D) and the
         additive mask (B, 1, 1, S), both in the compute dtype."""
-        mask = additive_mask(attention_mask, compute_dtype(self.encoder.norm.weight))
+        mask = attention_mask[:, None, None, :].to(compute_dtype(self.encoder.norm.weight))
+        mask = (1.0 - mask) * MASKED
         bias = self.encoder.score_bias(x.shape[1], mask)
         x = self.dropout(x)
         for block in self.encoder.blocks:
@@ -527,7 +523,7 @@ class T5(nn.Module):
         """
         tensors = match_names(self, read_checkpoint(Path(folder)), folder)
         for name, parameter in self.named_parameters():
-            fill(parameter, tensors[name])
+            fill(parameter, tensors[hf_name(name)])
 
     def save_pretrained(self, folder: str | os.PathLike, write: bool = True) -> None:
         """Writes `config.json` and `model.safetensors` (above 2 GB several, with an index) in
@@ -549,28 +545,23 @@ class T5(nn.Module):
                 if write:
                     tensors[name] = p.float().cpu().contiguous()
             if write:  # `transformers` asks for the format
-                save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
+                save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
         if not write:
             return
         for file in shards:
-            put_in_place(folder / (file + ".tmp"), folder / file)
-        index = folder / "model.safetensors.index.json"
-        if len(shards) == 1:
-            index.unlink(missing_ok=True)
-        else:
+            put_in_place(folder / file)
+        current = {*shards}
+        if len(shards) > 1:
+            current.add(INDEX)
             weight_map = {name: file for file, names in shards.items() for name in names}
             size = sum(4 * p.numel() for p in parameters.values())
-            write_json(index, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            write_json(folder / INDEX, index)
         # Last, when nothing needs them any more: the files of an earlier save.
-        for old in {folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")}:
-            if old.name not in shards:
-                old.unlink(missing_ok=True)
+        for old in ("model.safetensors", INDEX, *folder.glob("model-*-of-*.safetensors")):
+            if Path(old).name not in current:
+                Path(folder, old).unlink(missing_ok=True)
         write_json(folder / "config.json", self.config.to_dict())
-
-
-def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, S), 1 for a token and 0 for padding -> (B, 1, 1, S), added to scores."""
-    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * MASKED
 
 
 def shift_right(labels: Tensor, start: int = 0, pad: int = 0) -> Tensor:
@@ -623,6 +614,8 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         refuse_stand_in(path)
+        if not path.exists():
+            raise ValueError(f"{path} is missing, though the index names it")
         # Only a .bin in the format of torch 1.6 and later, a zip, can be memory-mapped.
         mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
         if not mapped and path.stat().st_size > MAX_OLD_BIN_BYTES:
@@ -653,23 +646,15 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 def weight_files(folder: Path) -> list[Path]:
     """The file with a folder's weights, or the shards that its index names."""
     for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).exists():
+        if os.path.lexists(folder / single):
             return [folder / single]
         index = folder / f"{single}.index.json"
-        if not index.exists():
-            continue
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            shards = [folder / Path(name).name for name in sorted(names)]
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            raise ValueError(f"{index} is damaged: {error!r}") from None
-        for shard in shards:
-            refuse_stand_in(shard)
-            if not shard.exists():
-                raise ValueError(f"{shard} is missing, though the index names it")
-        return shards
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        refuse_stand_in(folder / single)
+        if index.exists():
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+                return [folder / Path(name).name for name in sorted(names)]
+            except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+                raise ValueError(f"{index} is damaged: {error!r}") from None
     raise ValueError(
         f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, "
         "or either with an .index.json and its shards"
@@ -687,12 +672,12 @@ def refuse_stand_in(path: Path) -> None:
 
 
 def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The model's parameter names -> the checkpoint's tensors, whose names are Hugging Face's.
+    """The tensors of a checkpoint that are the model's parameters, by Hugging Face's names.
 
     Raises ValueError unless each tensor is a parameter, a known alias (equal to what it repeats)
     or on the short ignore list, and each parameter is found, in its shape and as floats.
     """
-    parameters = {hf_name(name): (name, p) for name, p in model.named_parameters()}
+    parameters = {hf_name(name): p for name, p in model.named_parameters()}
     found = {name: tensors[name] for name in parameters if name in tensors}
     repeats = {n: ALIASES[n] for n in tensors if n in ALIASES and n not in parameters}
     for name, original in repeats.items():
@@ -704,7 +689,7 @@ def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> d
             f"{folder} does not fit its config.json: missing {show(missing)}; "
             f"left over {show(left_over)}"
         )
-    for name, (_, parameter) in parameters.items():
+    for name, parameter in parameters.items():
         shape, dtype = tuple(found[name].shape), found[name].dtype
         if shape != tuple(parameter.shape) or not dtype.is_floating_point:
             raise ValueError(
@@ -714,7 +699,7 @@ def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> d
     for name, original in repeats.items():
         if not equal(tensors[name], found[original]):
             raise ValueError(f"{folder}: {name} differs from {original}, which it should repeat")
-    return {ours: found[name] for name, (ours, _) in parameters.items()}
+    return found
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -744,10 +729,9 @@ def split_into_shards(parameters: dict[str, Tensor]) -> dict[str, list[str]]:
             room = MAX_SHARD_BYTES
         shards[-1].append(name)
         room -= size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
+    n = len(shards)
+    files = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    return dict(zip(files if n > 1 else ["model.safetensors"], shards))
 
 
 def show(names: list[str], most: int = 12) -> str:
@@ -757,17 +741,16 @@ def show(names: list[str], most: int = 12) -> str:
     return f"{len(names)} ({listed}{rest})" if names else "nothing"
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Waits until a new file is on the disk and gives it its name: a reader sees the old file or
-    the new one, never a part of it."""
-    handle = os.open(temporary, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def put_in_place(path: Path) -> None:
+    """Waits until the new file PATH.tmp is on the disk and gives it its name: a reader sees the old
+    file or the new one, never a part of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes a temporary file, then renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    put_in_place(temporary, path)
+    """Writes a JSON file with `put_in_place`."""
+    path.with_name(path.name + ".tmp").write_text(json.dumps(value, indent=2) + "\n")
+    put_in_place(path)
