@@ -193,35 +193,38 @@ class Task:
     choices: bool = False  # multiple choice: each input ends in its "Answer Choices:"
 
 
-def typed(record: dict, key: str, *kinds: type) -> Any:
-    """Returns record[key]. ValueError with the key, the value and the wanted types where it has
-    another type, KeyError where there is no such key."""
-    if type(record[key]) not in kinds:
+def typed(key: str, value: Any, *kinds: type) -> Any:
+    """Returns the value of a key. ValueError with both and the wanted types where it has another
+    type."""
+    if type(value) not in kinds:
         wanted = " or ".join(WANTED[kind] for kind in kinds)
-        raise ValueError(f"{key} {record[key]!r:.200} is not {wanted}")
-    return record[key]
+        raise ValueError(f"{key} {value!r:.200} is not {wanted}")
+    return value
 
 
 def _read_own(r: dict) -> tuple[str | None, Text, str | None]:
-    input = r["input"]
-    return typed(r, "id", str), tuple(input) if isinstance(input, list) else input, r.get("label")
+    parts = r["input"]
+    input = tuple(parts) if isinstance(parts, list) else parts
+    return typed("id", r["id"], str), input, r.get("label")
 
 
 def _read_choices(r: dict) -> tuple[str | None, Text, str | None]:
-    choices = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, typed(r, "choices", list))]
-    question = typed(r, "question", str)
-    return r["id"], "\n".join([question, "Answer Choices:", *choices]), r["answer"]
+    choices = zip(LETTERS, typed("choices", r["choices"], list))
+    lines = [f"({letter}) {choice}" for letter, choice in choices]
+    question = typed("question", r["question"], str)
+    return r["id"], "\n".join([question, "Answer Choices:", *lines]), r["answer"]
 
 
 def _read_nli(r: dict) -> tuple[str | None, Text, str | None]:
-    label = typed(r, "label", int, float)  # pandas writes 1.0
+    label = typed("label", r["label"], int, float)  # pandas writes 1.0
     if label not in (0, 1, 2):
         raise ValueError(f"label {label!r} is not 0 {NLI[0]}, 1 {NLI[1]} or 2 {NLI[2]}")
-    return r.get("uid"), (typed(r, "premise", str), typed(r, "hypothesis", str)), NLI[int(label)]
+    parts = (typed(key, r[key], str) for key in ("premise", "hypothesis"))
+    return r.get("uid"), tuple(parts), NLI[int(label)]
 
 
 def _read_asdiv(r: dict) -> tuple[str | None, Text, str | None]:
-    return r["ID"], f"{typed(r, 'Body', str)}\n{typed(r, 'Question', str)}", None
+    return r["ID"], "\n".join(typed(key, r[key], str) for key in ("Body", "Question")), None
 
 
 # fmt: off
@@ -278,11 +281,10 @@ def get_task(name: str | Task) -> Task:
     facts = _read_task_file(folder / "task.json")
     cut = not (folder / "valid.jsonl").is_file()
     task = replace(task, folder=str(folder), cut=cut, **facts)
-    if "labels" not in facts and task.scorer == "text":
-        stat = train.stat()
-        labels = _labels_seen(train, _form(task), stat.st_mtime_ns, stat.st_size)
-        task = replace(task, labels=labels)
-    return task
+    if "labels" in facts or task.scorer == "arithmetic":
+        return task
+    stat = train.stat()
+    return replace(task, labels=_labels_seen(train, stat.st_mtime_ns, stat.st_size))
 
 
 def _read_task_file(path: Path) -> dict:
@@ -292,16 +294,15 @@ def _read_task_file(path: Path) -> dict:
     try:
         facts = json.loads(path.read_bytes())
         fields = {key: facts[key] for key in facts.keys() & {"labels", "scorer", "marker"}}
-        if "marker" in fields:
+        if "marker" in facts:
             fields["marker"] = " ".join(facts["marker"].split())
         if facts.get("labels") is not None:
-            fields["labels"] = tuple(label.strip() for label in facts["labels"])
-            if not isinstance(facts["labels"], list) or not facts["labels"]:
-                raise ValueError("no labels")
-        if "" in (fields.get("marker"), *(fields.get("labels") or ())):
-            raise ValueError("an empty text")
-        if facts.get("scorer", "text") not in ("text", "arithmetic"):
-            raise ValueError("an unknown scorer")
+            labels = typed("labels", facts["labels"], list)
+            fields["labels"] = tuple(label.strip() for label in labels)
+        empty = "" in (fields.get("marker"), *(fields.get("labels") or ()))
+        scorer = facts.get("scorer", "text")
+        if empty or facts.get("labels") == [] or scorer not in ("text", "arithmetic"):
+            raise ValueError("an unknown scorer, or nothing where a text should be")
         return fields
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(
@@ -311,10 +312,10 @@ def _read_task_file(path: Path) -> dict:
 
 
 @functools.lru_cache(maxsize=16)
-def _labels_seen(path: Path, form: str, changed: int, size: int) -> tuple[str, ...] | None:
+def _labels_seen(path: Path, changed: int, size: int) -> tuple[str, ...] | None:
     """Returns the labels in a train.jsonl, or None if they are more than 20. A file that changed
     has another time or size, so the cache does not hide it."""
-    lines = _read(path, lambda r: _text(r, "label"), form)
+    lines = _read(path, lambda r: _text("label", r.get("label")), OWN_FORM.format('"yes"'))
     labels = sorted({label for _, label in lines} - {None})
     return tuple(labels) if 0 < len(labels) <= 20 else None
 
@@ -376,13 +377,9 @@ def load_dataset(
             _join_completions(task, path, examples, answers)
     elif answers:
         tasks = [task, *([get_task(mixed_with)] if mixed_with else [])]
-        others = [(t, s) for t in tasks for s in t.splits if (t, s) != (task, split)]
-        others = [(t, s) for t, s in others if has_split(t, s, root)]
-
-        def other_ids() -> set[str]:
-            return {example.id for t, s in others for example in load_dataset(t, s, root)}
-
-        counts["teacher_ids_unmatched"] += _join_files(task, examples, answers, other_ids)
+        others = [(t, s) for t in tasks for s in t.splits if has_split(t, s, root)]
+        others.remove((task, split))
+        counts["teacher_ids_unmatched"] += _join_files(task, examples, answers, others, root)
     if task.cut and split != "test":
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]
     for example in examples:
@@ -404,6 +401,7 @@ def split_indices(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[n_valid:]), np.sort(order[:n_valid])
 
 
+OWN_FORM = '{{"id": "7", "input": "text, or a list of two", "label": {}}}'
 UTF8 = "utf-8-sig"  # passes over a byte order mark
 CONVERT = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in'
 OUT = '(sys.stdin)]" < {} > new'.format
@@ -438,12 +436,15 @@ class _Keys(dict):
 
 def _form(task: Task) -> str:
     """Returns an example of a line in the task's files."""
-    label = task.labels[0] if task.labels else "1 + 2" if task.scorer == "arithmetic" else "yes"
-    keys = _Keys() if task.read else {"id": "7", "input": "text, or a list of two", "label": label}
-    if task.read and not task.record:
-        with contextlib.suppress(Exception):  # it may want no text where it gets one
-            task.read(keys)
-    return task.record or json.dumps(keys, ensure_ascii=False)
+    if task.record:
+        return task.record
+    if task.read is None:
+        label = task.labels[0] if task.labels else "1 + 2" if task.scorer == "arithmetic" else "yes"
+        return OWN_FORM.format(json.dumps(label, ensure_ascii=False))
+    keys = _Keys()
+    with contextlib.suppress(Exception):  # it may want no text where it gets one
+        task.read(keys)
+    return json.dumps(keys)
 
 
 def read_records(
@@ -466,8 +467,8 @@ def read_records(
                 raise ValueError("not a JSON object")
             made = make(value)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            reason = getattr(error, "msg", reason)  # JSON's own line and column would confuse
+            # Of JSON's errors the message alone: their own line and column would confuse.
+            reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "msg", error)
             if isinstance(error, (TypeError, AttributeError, IndexError)):
                 kinds = ", ".join(f"{key} {type(v).__name__}" for key, v in value.items())
                 reason = f"{error} ({kinds})"
@@ -480,16 +481,15 @@ def read_records(
 def other_form(path: Path | str, content: bytes, csv: bool = False) -> str:
     """Returns "" for a file of lines in UTF-8; else what the file is, and how to convert it. A file
     is CSV only if `csv` says that it should have been JSON."""
-    name = shlex.quote(str(path))
-    encoding = json.detect_encoding(content)
-    if not encoding.startswith("utf-8"):
-        encoding = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
-        return f"{encoding}, not UTF-8; convert it: `iconv -f {encoding} -t UTF-8 {name} > new`"
+    name, text = shlex.quote(str(path)), ""
+    encoding = re.sub("-([LB]E)$", r"\1", json.detect_encoding(content).upper())
     try:
         text = content.decode(UTF8).strip()
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{content[error.start]:02x} at {error.start}"
-        return f"{byte} is not UTF-8; if it is latin-1, `iconv -f LATIN1 -t UTF-8 {name} > new`"
+    except UnicodeDecodeError:
+        encoding = "LATIN1" if encoding.startswith("UTF-8") else encoding
+    if not encoding.startswith("UTF-8"):
+        convert = f"`iconv -f {encoding} -t UTF-8 {name} > new`"
+        return f"not UTF-8; it looks like {encoding}; convert it: {convert}"
     with contextlib.suppress(ValueError, RecursionError):
         if text.startswith("[") and isinstance(json.loads(text), list):
             return f"a JSON array, not JSON lines; convert it: `{CONVERT} json.load{OUT(name)}`"
@@ -521,22 +521,28 @@ def read_example(task: Task, record: dict, rationales: Rationales = None) -> Exa
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"input {input!r} is neither a text nor a list of two")
     "".join(parts).encode()  # ValueError for half of a surrogate pair
-    known = _text({"label": label}, "label")
-    example = Example(typed({"id": id}, "id", str, type(None)), input, known and label)
+    known = _text("label", label)
+    example = Example(typed("id", id, str, type(None)), input, known and label)
     if task.read is None and rationales is None:
-        example.rationale = _text(record, "rationale")
-        example.teacher_label = _text(record, "teacher_label")
+        _add_answer(example, record)
     elif rationales == "human":
-        example.rationale = _text({task.human: record[task.human]}, task.human)
+        example.rationale = _text(task.human, record[task.human])
     if known and (allowed := not_allowed(task, input, known)):
         raise ValueError(f"label {known!r} is not {allowed}")
     return example
 
 
-def _text(record: dict, key: str) -> str | None:
-    """Returns a text without surrounding space; None for null, for blank text and for no text."""
-    value = typed(record, key, str, type(None)) if key in record else None
-    return value and value.encode() and value.strip() or None
+def _add_answer(example: Example, record: dict) -> None:
+    """Copies a teacher's rationale and label from a record in our own format."""
+    example.rationale = _text("rationale", record.get("rationale"))
+    example.teacher_label = _text("teacher_label", record.get("teacher_label"))
+
+
+def _text(key: str, value: Any) -> str | None:
+    """Returns a text without surrounding space; None for null and for blank text."""
+    text = typed(key, value, str, type(None)) or ""
+    text.encode()  # ValueError for half of a surrogate pair
+    return text.strip() or None
 
 
 def _choices(input: Text) -> list[str]:
@@ -560,13 +566,11 @@ def _join_completions(task: Task, path: Path, examples: list[Example], files: li
     completions = []
     for file in files:
         try:
-            shard = json.loads(file.read_bytes())
-            if not (isinstance(shard, list) and all(isinstance(text, str) for text in shard)):
-                raise ValueError("not a JSON list of texts")
+            shard = typed("the file", json.loads(file.read_bytes()), list)
+            completions += [typed("a completion", text, str) for text in shard]
         except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{file}: {reason}; it comes from {task.source}") from None
-        completions += shard
     if len(completions) != len(examples):
         raise UserError(
             f"{files[0]} and those after it are for another dataset: {len(completions)} "
@@ -578,26 +582,30 @@ def _join_completions(task: Task, path: Path, examples: list[Example], files: li
 
 
 def _join_files(
-    task: Task, examples: list[Example], files: list[Path], other_ids: Callable[[], set[str]]
+    task: Task,
+    examples: list[Example],
+    files: list[Path],
+    others: list[tuple[Task, str]],
+    root: str | Path,
 ) -> int:
     """Joins a teacher's answers in our own format to examples by id. Returns the number of ids
-    that are neither an example's nor among `other_ids()`."""
+    that are neither an example's nor in `others`, which are splits of this and other datasets."""
     by_id, seen, n_unmatched = {example.id: example for example in examples}, set(), 0
 
     def join(r: dict) -> str:
-        if typed(r, "id", str) in seen:
-            raise ValueError(f"id {r['id']!r} occurs twice")
-        seen.add(r["id"])
-        example = by_id.get(r["id"], Example("", "", None))
-        example.rationale = _text(r, "rationale")
-        example.teacher_label = _text(r, "teacher_label")
-        return r["id"]
+        id = typed("id", r["id"], str)
+        if id in seen:
+            raise ValueError(f"id {id!r} occurs twice")
+        seen.add(id)
+        _add_answer(by_id.get(id, Example("", "", None)), r)
+        return id
 
     form = '{"id": "7", "rationale": "because", "teacher_label": "yes"}'
     for file in files:
         ids = {id for _, id in _read(file, join, form, "teacher.py, or --rationales is mistyped")}
         unmatched = ids - by_id.keys()
-        unmatched -= other_ids() if unmatched else set()  # reading them takes a while
+        for other, split in others if unmatched else ():  # reading them takes a while
+            unmatched -= {example.id for example in load_dataset(other, split, root)}
         if unmatched == ids:
             raise UserError(
                 f"{file} is for another dataset: none of its {len(ids)} ids is in {task.name}, "
@@ -612,32 +620,34 @@ def _join_files(
 # Where a completion runs on into an invented example: at a line's start, or after a sentence.
 INVENTED = re.compile(r"(?:^|(?<=[.!?]))[ \t*_#]*(?:Q|Question|Input|Premise)[*_]*:", re.MULTILINE)
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
-# Markdown: what stands at a line's start before its text, and emphasis, code and quotes around it.
-LINE_MARKS = "#>*+•- \t"
-MARKS = "*_`\"'“‘"
-CLOSING = str.maketrans("“‘", "”’")
-SKIP = r"(?:\n[ \t]*(?:(?:[-+*•>]|#+)(?:[ \t]+|(?=\n)))+|[\s:])*"  # from a marker to its label
+# Markdown's emphasis and code, and quotes; the marks of headings, quotations and lists.
+OPENING, CLOSING = "*_`\"'“‘", "*_`\"'”’"
+CLOSE = str.maketrans(OPENING, CLOSING)
+LINE_MARKS = "#>*+•-"
+SKIP = rf"(?:\n(?:[ \t]*[{LINE_MARKS}]+(?=\s))+|[\s:])*"  # from a marker to its answer
 LINE = re.compile(rf"{SKIP}(.*)")
-CHOICE = re.compile(rf"{SKIP}([{MARKS}]*)\([*_`]*[{LETTERS}][*_`]*\)(?:[*_`]+(?!\w))?[ \t]*(.*)")
+CHOICE = re.compile(rf"([{OPENING}]*)\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*(.*)")
 # The full stop that ends an answer: the line's last, or one before a space, but not U.S. or Dr.
 STOP = re.compile(
-    r"(?<!\.[A-Za-z])(?<!\bMrs)(?<!\b(?:Mr|Ms|Dr|St))\.(?=[*_`\"'”’]*\s)|\.(?=[*_`\"'”’]*$)"
+    rf"(?:(?<!\.[A-Za-z])(?<!\b[DMS][rst])|(?=.[{CLOSING}]*$))\.([{CLOSING}]*)(?:\s|$).*"
 )
-# The released parser's expression, see `_released_expression`.
-EXPRESSION = re.compile(rf"[\s:$]*((?:{NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+)")
-# How others write numbers and what they compute with: emphasis, 1,000, $5, 3 x 4, 5 red apples, 5%.
-EMPHASIS = re.compile(r"(?<![\w).*])(\*{1,3}|_{1,3}|`+|[\"$])(?=\S)(.+?)(?<=\S)\1(?![\w(])")
-MAX_MARKED = 200  # characters of an expression in which emphasis is looked for
+EMPHASIS = re.compile(r"(?<!\S)([*_`]+|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])")
+LONE = re.compile(r"^[*_`\"“]+|[*_`\"”]+$")
+# How others write numbers: 1,000 for 1000, $5, 3 x 4, and 5 red apples.
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-TIMES = re.compile(r"(?<=[\d)])\s*[xX×·]\s*(?=[\d($-])")
-SIGNS = str.maketrans({"÷": "/", "−": "-", "–": "-", "×": "*", "\\": " "} | dict.fromkeys("$€£¥"))
-COMPUTES = (  # words that change a number's value, so that they are no units; and variables
-    "and|or|not|if|plus|minus|times|over|of|by|to|from|mod|divided|multiplied|squared|cubed|factorial|"
-    "dozens?|hundreds?|thousands?|millions?|billions?|trillions?|half|thirds?|quarters?|percent|more|"
-    "less|fewer|than|one|two|three|four|five|six|seven|eight|nine|ten|[exyznkKMB]|bn"
-)
-WORD = rf"(?!(?:{COMPUTES})\b)[^\W\d_]+(?:[/'’-][^\W\d_]+)*[²³]?"
+TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d($])")
+SIGNS = str.maketrans("×·÷−–", "**/--", "$€£¥\\")
+WORD = r"[^\W\d_]+(?:[/'’-][^\W\d_]+)*"
 UNITS = re.compile(rf"(?<=[\d).])\s*°?{WORD}(?:\s+{WORD}){{0,3}}(?=\s*(?:[-+*/)]|$))")
+# Words that compute or compare, and variables: a number with one of these has another value.
+COMPUTES = frozenset(
+    "and or not if plus minus times over of by to from mod divided multiplied squared cubed point "
+    "factorial dozen dozens hundred hundreds thousand thousands million millions billion billions "
+    "trillion half halves third thirds quarter quarters percent more less fewer than pi bn e x y z "
+    "n k K M B ² ³".split()
+)
+# The released parser's expression: arithmetic, and lists such as "(3 + 1) and (9 - 2)".
+RELEASED = re.compile(rf"\(({NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+")
 
 
 def parse_completion(
@@ -654,10 +664,11 @@ def parse_completion(
     task = get_task(name)
     text = INVENTED.split(completion.strip(), maxsplit=1)[0]
     end, found = len(text), None
-    for match in _markers(task).finditer(text):
+    for match in _marker(task).finditer(text):
         if match.start() >= end:
             break
         rationale, opened = _before(text[: match.start()])
+        opened = "" if match["closed"].strip(":") else opened
         window = text[match.end() : min(end, match.end() + MAX_LENGTH)]
         label = _answer(task, window, opened, released and task.palm is not None)
         if label and found and not is_correct(task, label, found[1]):
@@ -670,62 +681,61 @@ def parse_completion(
     return found
 
 
-def _markers(task: Task) -> re.Pattern:
-    """Matches any of a task's markers, at the start of a word, across line breaks, with marks of
-    emphasis in it and after it."""
-    parts = [[re.findall(r"\w+|\W", word) for word in m.split()] for m in (task.marker, *task.also)]
-    words = [[r"[*_`]*".join(map(re.escape, word)) for word in marker] for marker in parts]
-    spellings = "|".join(r"[\s*_`]+".join(marker) for marker in words)
+def _marker(task: Task) -> re.Pattern:
+    """Matches any of a task's markers from the start of a word, with any space and marks of
+    emphasis in it; "closed" are the marks and the colon that end it."""
+    words = (re.findall(r"\w+|[^\w\s]", marker) for marker in (task.marker, *task.also))
+    spellings = "|".join(r"[\s*_`]*".join(map(re.escape, marker)) for marker in words)
     # re keeps the compiled pattern
-    return re.compile(rf"(?<![^\W_])(?:{spellings})[*_`]*(?:[\"'”’](?=[\s:]))?(?::[*_`]*)?")
+    return re.compile(rf"(?<![^\W_])(?:{spellings})(?P<closed>[:{CLOSING}]*(?=\s)|)")
 
 
 def _before(text: str) -> tuple[str, str]:
     """Returns the rationale in the text before a marker, and the marks that open around both
     marker and label: `Snow is white. **` gives ("Snow is white.", "**")."""
-    rest = text.rstrip(MARKS)
+    rest = text.rstrip(OPENING)
     opened = text[len(rest) :]
-    if opened and rest and not rest[-1].isspace():
-        rest, opened = text, ""  # they close something: `"Yes." So the answer is`
+    if rest and not rest[-1].isspace():
+        rest, opened = text, ""  # they close something: `"Yes."So the answer is`
     lines = rest.split("\n")
-    while lines and not lines[-1].strip(LINE_MARKS):
+    while lines and not lines[-1].strip(LINE_MARKS + " \t"):
         lines.pop()
     return "\n".join(lines).strip(), opened
 
 
-def _bare(text: str, *opened: str) -> str:
-    """Returns a text without the marks that go around all of it, and without those that close
-    what was `opened` before it."""
+def _bare(text: str) -> str:
+    """Returns a label without the marks around it; `"yes" or "no"`, *a* and *b*, 'tis stay."""
     text = text.strip()
-    for close in (mark.translate(CLOSING)[::-1] for mark in opened if mark):
-        text = text.removesuffix(close).rstrip()
-    while start := re.match(rf"[*_`]+|[{MARKS}]", text):
-        inner = text[start.end() :]
-        at = inner.find(start[0].translate(CLOSING))
-        if 0 <= at < len(inner) - len(start[0]) or (at < 0 and start[0] == "'"):
-            break  # "yes" or "no", 'tis
-        text = (inner if at < 0 else inner[:at]).strip()
-    end = text[len(text.rstrip("*`")) :]
-    return text.removesuffix(end).rstrip() if end and text.count(end) == 1 else text
+    while match := EMPHASIS.fullmatch(text):
+        text = match[2]
+    return LONE.sub(lambda match: match[0] if text.count(match[0]) > 1 else "", text).strip()
 
 
 def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
-    """Returns the label at the start of a text, just after a marker."""
+    """Returns the label at the start of a text, just after a marker; `opened` are the marks
+    before the marker."""
+    match = LINE.match(text)
+    line = match[1].rstrip()
+    sentence = STOP.sub(r"\1", line).removesuffix(opened.translate(CLOSE)[::-1])
     if task.scorer == "arithmetic":
-        return _released_expression(text) if released else _expression(text, opened)
+        # "7" is not the answer where the next line is "+ 2".
+        if not STOP.search(line) and re.match(
+            r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]
+        ):
+            return None
+        return (_released_expression if released else _expression)(sentence)
     for label in sorted(task.labels or (), key=len, reverse=True):
         # "neutral.", "**neutral**", "neutral, as he ...", but not "neutral or contradiction".
-        if match := re.match(rf"{SKIP}[{MARKS}]*{_spelling(label)}(?![^\W_]|-|_\w)(.*)", text):
-            rest = STOP.split(match[1], maxsplit=1)[0]
+        if match := re.match(rf"[{OPENING}]*{_spelling(label)}(?![^\W_]|-|_\w)(.*)", line):
+            rest = STOP.sub("", match[1])
             others = (rf"(?<!\w){_spelling(other)}(?!\w)" for other in task.labels)
             return None if any(re.search(other, rest) for other in others) else label
-    match = (CHOICE if task.choices else LINE).match(text)
-    if not match:
-        return None
-    *inner, line = match.groups()
-    label = _bare(STOP.split(line.rstrip(), maxsplit=1)[0], *inner, opened)
-    # Two choices are no answer: "(a) ocean or (b) sea."
-    return None if task.choices and re.search(rf"\([{LETTERS}]\)", label) else label or None
+    if task.choices:
+        match = CHOICE.match(sentence)
+        sentence = match[1] + match[2] if match else ""
+        if re.search(rf"\([{LETTERS}]\)", sentence):  # "(a) ocean or (b) sea" is no answer
+            return None
+    return _bare(sentence) or None
 
 
 def _spelling(label: str) -> str:
@@ -733,43 +743,42 @@ def _spelling(label: str) -> str:
     return r"\s+".join(map(re.escape, label.split()))
 
 
-def _expression(text: str, opened: str) -> str | None:
-    """Returns the whole expression at the start of a text, as numbers, + - * / and parentheses;
-    None where the sentence holds anything else than that, marks and units. After `=`
-    it must have the same value."""
-    match = LINE.match(text)
-    parts = STOP.split(match[1].rstrip(), maxsplit=1)
-    if len(parts) == 1 and re.match(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]):
-        return None  # it goes on in the next line
-    sentence = parts[0].strip()
-    # "(9) * 2" has no emphasis in it.
-    if evaluate_arithmetic(sentence) is None and len(sentence) <= MAX_MARKED:
-        sentence = EMPHASIS.sub(r"\2", _bare(sentence, opened))
-    sides = [_numbers(side) for side in sentence.split("=")]
-    same = all(_same_value(side, sides[0]) for side in sides)
-    return sides[0] if same else None
+def _expression(sentence: str) -> str | None:
+    """Returns the whole expression that a sentence is, as numbers, + - * / and parentheses; None
+    where it holds anything but that, marks and units. After `=` it must have the same value."""
+    for text in (sentence, EMPHASIS.sub(r"\2", sentence)):  # "(9) * 2" has no emphasis in it
+        sides = [_numbers(side) for side in text.split("=")]
+        if all(_same_value(side, sides[0]) for side in sides):
+            return sides[0]
+    return None
 
 
 def _numbers(text: str) -> str:
-    """Returns an expression as `evaluate_arithmetic` reads it: "$1,000 x 3 = " is "1000 * 3"."""
+    """Returns an expression as `evaluate_arithmetic` reads it: "$1,000 x 3 boxes" is "1000 * 3"."""
     if evaluate_arithmetic(text) is None:
-        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.strip())
-        text = TIMES.sub(" * ", text).translate(SIGNS)
-        text = re.sub(rf"^([-+ ]*(?:{NUMBER}))\s*%$", r"\1", UNITS.sub("", text.strip()))
+        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+        text = TIMES.sub(" * ", text).translate(SIGNS).strip()
+        text = re.sub(rf"^(-?{NUMBER})\s*%$", r"\1", UNITS.sub(_without_unit, text))
     return " ".join(text.split())
 
 
-def _released_expression(text: str) -> str | None:
-    """Returns an expression as the released parser cuts it: "(16 * 17) * 4." becomes "(16 * 17)";
+def _without_unit(match: re.Match) -> str:
+    words = re.findall(r"[^\W\d_]+", match[0])
+    words = {word if len(word) == 1 else word.lower() for word in words}
+    return match[0] if words & COMPUTES else ""
+
+
+def _released_expression(sentence: str) -> str | None:
+    """Returns an expression as the released parser cuts it: "(16 * 17) * 4" becomes "(16 * 17)";
     of "(3 + 1) and (9 - 2)" the last remains, which is the value of Python's `and`."""
-    match = EXPRESSION.match(EMPHASIS.sub(r"\2", text[:MAX_MARKED]) + text[MAX_MARKED:])
-    run = match[1].strip() if match else ""
-    if run.count("(") > run.count(")") or not run.startswith("(") or run[-1] in "+-*/":
+    match = RELEASED.match(EMPHASIS.sub(r"\2", sentence).lstrip("$"))
+    run = match[0].strip() if match else ""
+    if run.count("(") > run.count(")") or run.endswith(("+", "-", "*", "/")):
         return None  # the completion was cut off: "(120 /", "(9 - 2) * (3"
     label = run.split("and")[-1].strip()
     label = label[: label.rfind(")") + 1]
-    while label.count(")") > label.count("("):  # one around the sentence or the whole list
-        label = label[: label.rfind(")", 0, -1) + 1]
+    if label.count(")") > label.count("("):  # one around the sentence or the whole list
+        label = label[:-1]
     return label if evaluate_arithmetic(label) is not None else None
 
 
@@ -923,35 +932,31 @@ def check_labels(
     choices = {choice for input in inputs for choice in _choices(input)} if task.choices else ()
     texts = sorted({*labels, *choices})
     back = dict(zip(texts, map(tokenizer.decode, tokenizer.encode_batch(texts))))
+    lost = {text for text in texts if back[text].split() != text.split()}
     changed = [text for text in texts if back[text] != text]
-    lost = [text for text in changed if back[text].split() != text.split()]
-    faults = " ".join(sorted({c for text in lost for c in {*text} - {*back[text]}}))
-    first = list(dict.fromkeys([*lost, *changed]))[:5]
-    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in first)
+    changed.sort(key=lambda text: text not in lost)
+    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in changed[:5])
     problem = f"{len(changed)} labels or choices come back changed from the vocabulary: {shown}"
-    problem += f"; it cannot write these characters: {faults}" if faults else ""
+    if faults := " ".join(sorted({c for text in lost for c in {*text} - {*back[text]}})):
+        problem += f"; it cannot write these characters: {faults}"
     written = {" ".join(back[label].split()) for label in closed}
-    if {*lost} & {*closed} or len(written) < len(closed):
+    if lost & {*closed} or len(written) < len(closed):
         raise UserError(f"{problem}; write these labels in other characters, each its own way")
+    notes = [f"warning: {problem}"] if changed else []
     alike: dict[str, list[str]] = {}
     for label in sorted(labels) if task.scorer == "text" else ():
         alike.setdefault(" ".join(label.split()).casefold(), []).append(label)
-    twins = [", ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
-    notes = [f"warning: {problem}"] if changed else []
-    if twins:
+    if twins := [", ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
         notes.append(f"warning: labels that differ only in case or space: {'; '.join(twins[:5])}")
     return notes
 
 
 def unknown_characters(texts: Iterable[Text], tokenizer: Any) -> list[str]:
     """Returns the ten most frequent characters that the vocabulary lacks."""
-    counts = Counter()
-    for text in texts:
-        counts.update("".join(text))
-    characters = list(counts)
-    unknown = zip(characters, tokenizer.encode_batch(characters))
-    unknown = {c: counts[c] for c, ids in unknown if tokenizer.unk_id in ids}
-    return [c for c, _ in Counter(unknown).most_common(10)]
+    counts = Counter(chain.from_iterable(map("".join, texts)))
+    characters = [c for c, _ in counts.most_common()]
+    encoded = zip(characters, tokenizer.encode_batch(characters))
+    return [c for c, ids in encoded if tokenizer.unk_id in ids][:10]
 
 
 @dataclass

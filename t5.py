@@ -22,11 +22,13 @@ bfloat16: its "compute dtype". Softmax is computed in float32 inside the attenti
 
 from __future__ import annotations  # fields' types as text
 
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
@@ -37,8 +39,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+Cache = tuple[Tensor, ...]  # of a decoder block: see `DecoderBlock.start_cache`
 MASKED = -1e9  # finite, in bfloat16 too: a fully masked row must not become NaN
 MAX_SHARD_BYTES = 2_000_000_000  # of a saved file; a model of several processes is put together so
+INDEX = "model.safetensors.index.json"  # of several files
 MAX_OLD_BIN_BYTES = 5_000_000_000  # a .bin that cannot be memory-mapped is read whole up to here
 
 # The published v1.1 checkpoints, and a tiny one for the bundled task.
@@ -101,17 +105,15 @@ class T5Config:
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_word_embeddings
         for field in fields(self):
-            value, kind = getattr(self, field.name), type(getattr(self, field.name))
-            want = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-            if kind not in want[field.type.split(" ")[0]]:
+            value, least = getattr(self, field.name), 0 if field.name.endswith("_id") else 1
+            wanted = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+            if type(value) not in wanted[field.type.split(" ")[0]]:
                 raise ValueError(f"{field.name} {value!r} in the config must be {field.type}")
-            if kind is int and value < (0 if field.name.endswith("_id") else 1):
-                raise ValueError(f"{field.name} {value} in the config must be positive")
+            if type(value) is int and value < least:
+                raise ValueError(f"{field.name} {value} in the config must be at least {least}")
         if self.feed_forward_proj not in ACTIVATIONS:
-            raise ValueError(
-                f"feed_forward_proj {self.feed_forward_proj!r} is not implemented; "
-                f"allowed: {', '.join(ACTIVATIONS)}"
-            )
+            what = f"feed_forward_proj {self.feed_forward_proj!r}"
+            raise ValueError(f"{what} is not implemented; allowed: {', '.join(ACTIVATIONS)}")
 
     @classmethod
     def preset(cls, size: str, **changes) -> T5Config:
@@ -173,24 +175,10 @@ class RMSNorm(nn.Module):
         return normed.to(compute_dtype(self.weight))
 
 
-class Linear(nn.Linear):
-    """x W^T, without a bias vector. `T5.init_weights` or a checkpoint fills W, not torch."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        pass
+Linear = functools.partial(nn.Linear, bias=False)
 
 
-class Embedding(nn.Embedding):
-    """A row of W for each id; filled like Linear's."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class RelativeBias(Embedding):
+class RelativeBias(nn.Embedding):
     """One learned number per head and distance bucket, added to attention scores."""
 
     def __init__(self, config: T5Config, bidirectional: bool):
@@ -323,12 +311,7 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        cache: tuple[Tensor, ...] | None = None,
+        self, x: Tensor, memory: Tensor, bias: Tensor, mask: Tensor, cache: Cache | None = None
     ) -> Tensor:
         """x (B, T, D) float32, the encoder's output (B, S, D), causal bias (1, H, T, T), padding
         mask (B, 1, 1, S) -> (B, T, D) float32.
@@ -348,7 +331,7 @@ class DecoderBlock(nn.Module):
         x = x + self.dropout(self.cross(self.cross_norm(x), keys, values, mask))
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
-    def start_cache(self, memory: Tensor, length: int) -> tuple[Tensor, ...]:
+    def start_cache(self, memory: Tensor, length: int) -> Cache:
         """For generation: room for the keys and values of `length` tokens, 2 x (B, H, length, K),
         and the keys and values of the encoder's output, 2 x (B, H, S, K)."""
         keys, values = self.cross.keys_values(memory)
@@ -385,7 +368,7 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, EncoderBlock, config.num_layers, bidirectional=True)
         self.decoder = Stack(config, DecoderBlock, config.num_decoder_layers, bidirectional=False)
         self.head = None  # tied: the embedding's matrix is used
@@ -430,7 +413,8 @@ class T5(nn.Module):
     def encode(self, x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded sources (B, S, D), their mask (B, S) -> the encoder's output (B, S, D) and the
         additive mask (B, 1, 1, S), both in the compute dtype."""
-        mask = additive_mask(attention_mask, compute_dtype(self.encoder.norm.weight))
+        mask = attention_mask[:, None, None, :].to(compute_dtype(self.encoder.norm.weight))
+        mask = (1.0 - mask) * MASKED
         bias = self.encoder.score_bias(x.shape[1], mask)
         x = self.dropout(x)
         for block in self.encoder.blocks:
@@ -539,7 +523,7 @@ class T5(nn.Module):
         """
         tensors = match_names(self, read_checkpoint(Path(folder)), folder)
         for name, parameter in self.named_parameters():
-            fill(parameter, tensors[name])
+            fill(parameter, tensors[hf_name(name)])
 
     def save_pretrained(self, folder: str | os.PathLike, write: bool = True) -> None:
         """Writes `config.json` and `model.safetensors` (above 2 GB several, with an index) in
@@ -561,28 +545,23 @@ class T5(nn.Module):
                 if write:
                     tensors[name] = p.float().cpu().contiguous()
             if write:  # `transformers` asks for the format
-                save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
+                save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
         if not write:
             return
         for file in shards:
-            put_in_place(folder / (file + ".tmp"), folder / file)
-        index = folder / "model.safetensors.index.json"
-        if len(shards) == 1:
-            index.unlink(missing_ok=True)
-        else:
+            put_in_place(folder / file)
+        current = {*shards}
+        if len(shards) > 1:
+            current.add(INDEX)
             weight_map = {name: file for file, names in shards.items() for name in names}
             size = sum(4 * p.numel() for p in parameters.values())
-            write_json(index, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            write_json(folder / INDEX, index)
         # Last, when nothing needs them any more: the files of an earlier save.
-        for old in {folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")}:
-            if old.name not in shards:
-                old.unlink(missing_ok=True)
+        for old in ("model.safetensors", INDEX, *folder.glob("model-*-of-*.safetensors")):
+            if Path(old).name not in current:
+                Path(folder, old).unlink(missing_ok=True)
         write_json(folder / "config.json", self.config.to_dict())
-
-
-def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, S), 1 for a token and 0 for padding -> (B, 1, 1, S), added to scores."""
-    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * MASKED
 
 
 def shift_right(labels: Tensor, start: int = 0, pad: int = 0) -> Tensor:
@@ -595,24 +574,21 @@ def shift_right(labels: Tensor, start: int = 0, pad: int = 0) -> Tensor:
 
 # --------------------------------------------------------------------- weights, in and out
 
-# Ours and Hugging Face's names; {} stands for the number of a block.
+# Ours and Hugging Face's names, at a name's start: the groups stand for the stack and the block.
+BLOCK = r"(\w+)\.blocks\.(\d+)\."
 RENAMES = {
-    "embedding.": "shared.",
-    "head.": "lm_head.",
-    "encoder.bias.": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.",
-    "encoder.blocks.{}.attention.": "encoder.block.{}.layer.0.SelfAttention.",
-    "encoder.blocks.{}.attention_norm.": "encoder.block.{}.layer.0.layer_norm.",
-    "encoder.blocks.{}.ff.": "encoder.block.{}.layer.1.DenseReluDense.",
-    "encoder.blocks.{}.ff_norm.": "encoder.block.{}.layer.1.layer_norm.",
-    "encoder.norm.": "encoder.final_layer_norm.",
-    "decoder.bias.": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.",
-    "decoder.blocks.{}.attention.": "decoder.block.{}.layer.0.SelfAttention.",
-    "decoder.blocks.{}.attention_norm.": "decoder.block.{}.layer.0.layer_norm.",
-    "decoder.blocks.{}.cross.": "decoder.block.{}.layer.1.EncDecAttention.",
-    "decoder.blocks.{}.cross_norm.": "decoder.block.{}.layer.1.layer_norm.",
-    "decoder.blocks.{}.ff.": "decoder.block.{}.layer.2.DenseReluDense.",
-    "decoder.blocks.{}.ff_norm.": "decoder.block.{}.layer.2.layer_norm.",
-    "decoder.norm.": "decoder.final_layer_norm.",
+    r"embedding\.": r"shared.",
+    r"head\.": r"lm_head.",
+    r"(\w+)\.bias\.": r"\1.block.0.layer.0.SelfAttention.relative_attention_bias.",
+    r"(\w+)\.norm\.": r"\1.final_layer_norm.",
+    BLOCK + r"attention\.": r"\1.block.\2.layer.0.SelfAttention.",
+    BLOCK + r"attention_norm\.": r"\1.block.\2.layer.0.layer_norm.",
+    BLOCK + r"cross\.": r"\1.block.\2.layer.1.EncDecAttention.",
+    BLOCK + r"cross_norm\.": r"\1.block.\2.layer.1.layer_norm.",
+    r"(encoder)\.blocks\.(\d+)\.ff\.": r"\1.block.\2.layer.1.DenseReluDense.",
+    r"(encoder)\.blocks\.(\d+)\.ff_norm\.": r"\1.block.\2.layer.1.layer_norm.",
+    r"(decoder)\.blocks\.(\d+)\.ff\.": r"\1.block.\2.layer.2.DenseReluDense.",
+    r"(decoder)\.blocks\.(\d+)\.ff_norm\.": r"\1.block.\2.layer.2.layer_norm.",
 }
 # Other names under which checkpoints repeat a tensor, and what old ones hold that is never used.
 ALIASES = {
@@ -626,11 +602,9 @@ IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 def hf_name(name: str) -> str:
     """A parameter's name in Hugging Face's layout: "decoder.blocks.3.cross.q.weight" ->
     "decoder.block.3.layer.1.EncDecAttention.q.weight"."""
-    number = re.search(r"\d+", name.partition(".ff.")[0])
-    number = number.group() if number else ""
     for ours, theirs in RENAMES.items():
-        if name.startswith(prefix := ours.replace("{}", number)):
-            return theirs.replace("{}", number) + name.removeprefix(prefix)
+        if match := re.match(ours, name):
+            return match.expand(theirs) + name[match.end() :]
     raise AssertionError(f"no Hugging Face name for {name}: RENAMES lacks it")
 
 
@@ -640,9 +614,26 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         refuse_stand_in(path)
-        refuse_large_old_file(path)
+        if not path.exists():
+            raise ValueError(f"{path} is missing, though the index names it")
+        # Only a .bin in the format of torch 1.6 and later, a zip, can be memory-mapped.
+        mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+        if not mapped and path.stat().st_size > MAX_OLD_BIN_BYTES:
+            raise ValueError(
+                f"{path} is in torch's format before 1.6, which every process would read whole; "
+                f"save it again once, with {path.stat().st_size / 1e9:.1f} GB of free host memory: "
+                f"""`python -c "import os, torch; p = '{path}'; """
+                "torch.save(torch.load(p, weights_only=True), p + '.new'); "
+                "os.replace(p + '.new', p)\"`"
+            )
         try:
-            tensors.update(read_file(path))
+            if path.suffix == ".safetensors":
+                part = load_file(path)
+            else:
+                part = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            if not all(isinstance(key, str) and isinstance(part[key], Tensor) for key in part):
+                raise ValueError("not a mapping from names to tensors")
+            tensors.update(part)
         except Exception as error:  # damaged bytes raise a dozen kinds
             reason = re.split(r"\.\s|\n", str(error))[0]  # torch goes on: turn the guard off
             raise ValueError(
@@ -655,23 +646,15 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 def weight_files(folder: Path) -> list[Path]:
     """The file with a folder's weights, or the shards that its index names."""
     for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).exists():
+        if os.path.lexists(folder / single):
             return [folder / single]
         index = folder / f"{single}.index.json"
-        if not index.exists():
-            continue
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            shards = [folder / Path(name).name for name in sorted(names)]
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            raise ValueError(f"{index} is damaged: {error!r}") from None
-        for shard in shards:
-            refuse_stand_in(shard)
-            if not shard.exists():
-                raise ValueError(f"{shard} is missing, though the index names it")
-        return shards
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        refuse_stand_in(folder / single)
+        if index.exists():
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+                return [folder / Path(name).name for name in sorted(names)]
+            except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+                raise ValueError(f"{index} is damaged: {error!r}") from None
     raise ValueError(
         f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, "
         "or either with an .index.json and its shards"
@@ -688,45 +671,13 @@ def refuse_stand_in(path: Path) -> None:
                 raise ValueError(f"{path} is a git-lfs pointer; fetch the file: `git lfs pull`")
 
 
-def is_zip(path: Path) -> bool:
-    """Is a .bin in the format of torch 1.6 and later? Only these can be memory-mapped."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def refuse_large_old_file(path: Path) -> None:
-    """ValueError for a large .bin in the format before torch 1.6, with the command that saves it
-    in the newer one."""
-    size = path.stat().st_size
-    if path.suffix == ".safetensors" or size <= MAX_OLD_BIN_BYTES or is_zip(path):
-        return
-    raise ValueError(
-        f"{path} is in torch's format before 1.6, which every process would read whole; save it "
-        f"again once, with {size / 1e9:.1f} GB of free host memory: "
-        f"""`python -c "import os, torch; p = '{path}'; """
-        "torch.save(torch.load(p, weights_only=True), p + '.new'); os.replace(p + '.new', p)\"`"
-    )
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one weight file, memory-mapped where its format allows it."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
-    ):
-        raise ValueError("not a mapping from names to tensors")
-    return tensors
-
-
 def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The model's parameter names -> the checkpoint's tensors, whose names are Hugging Face's.
+    """The tensors of a checkpoint that are the model's parameters, by Hugging Face's names.
 
     Raises ValueError unless each tensor is a parameter, a known alias (equal to what it repeats)
     or on the short ignore list, and each parameter is found, in its shape and as floats.
     """
-    parameters = {hf_name(name): (name, p) for name, p in model.named_parameters()}
+    parameters = {hf_name(name): p for name, p in model.named_parameters()}
     found = {name: tensors[name] for name in parameters if name in tensors}
     repeats = {n: ALIASES[n] for n in tensors if n in ALIASES and n not in parameters}
     for name, original in repeats.items():
@@ -738,7 +689,7 @@ def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> d
             f"{folder} does not fit its config.json: missing {show(missing)}; "
             f"left over {show(left_over)}"
         )
-    for name, (_, parameter) in parameters.items():
+    for name, parameter in parameters.items():
         shape, dtype = tuple(found[name].shape), found[name].dtype
         if shape != tuple(parameter.shape) or not dtype.is_floating_point:
             raise ValueError(
@@ -748,7 +699,7 @@ def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> d
     for name, original in repeats.items():
         if not equal(tensors[name], found[original]):
             raise ValueError(f"{folder}: {name} differs from {original}, which it should repeat")
-    return {ours: found[name] for name, (ours, _) in parameters.items()}
+    return found
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -778,10 +729,9 @@ def split_into_shards(parameters: dict[str, Tensor]) -> dict[str, list[str]]:
             room = MAX_SHARD_BYTES
         shards[-1].append(name)
         room -= size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
+    n = len(shards)
+    files = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    return dict(zip(files if n > 1 else ["model.safetensors"], shards))
 
 
 def show(names: list[str], most: int = 12) -> str:
@@ -791,17 +741,16 @@ def show(names: list[str], most: int = 12) -> str:
     return f"{len(names)} ({listed}{rest})" if names else "nothing"
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Waits until a new file is on the disk and gives it its name: a reader sees the old file or
-    the new one, never a part of it."""
-    handle = os.open(temporary, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def put_in_place(path: Path) -> None:
+    """Waits until the new file PATH.tmp is on the disk and gives it its name: a reader sees the old
+    file or the new one, never a part of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes a temporary file, then renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    put_in_place(temporary, path)
+    """Writes a JSON file with `put_in_place`."""
+    path.with_name(path.name + ".tmp").write_text(json.dumps(value, indent=2) + "\n")
+    put_in_place(path)
