@@ -226,7 +226,7 @@ class Student:
     dataset: str  # gives the form of an answer, and the scorer
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
-    interrupted: Callable[[], int] = lambda: 0  # the number of a signal that this rank got, or 0
+    signals: list[int] = field(default_factory=list)  # that this rank got: they end a prediction
 
 
 @contextlib.contextmanager
@@ -364,7 +364,7 @@ def generate_texts(
 
     Sources are sorted by length into batches of at most `batch_size` rows and MAX_TOKENS source
     tokens; rank r decodes every world-th batch from the r-th on, so that one rank decodes each
-    source. `progress` names the progress bar. Where a rank got a signal (`student.interrupted`),
+    source. `progress` names the progress bar. Where a rank got a signal (`student.signals`),
     all ranks raise Interrupted.
     """
     rank, world = rank_and_world()
@@ -381,7 +381,7 @@ def generate_texts(
     model.eval()
     with torch.no_grad(), ready(model, student.precision), autocast(device, student.precision):
         for batch in bar:
-            if student.interrupted():
+            if student.signals:
                 break
             rows = [ids[i] for i in batch]
             input_ids = pad(rows, tokenizer.pad_id, MULTIPLE[device.type])  # (B, S) int64
@@ -390,7 +390,7 @@ def generate_texts(
             tokens = model.generate(*inputs, max_new_tokens=max_new_tokens)  # (B, T)
             texts |= {i: tokenizer.decode(row) for i, row in zip(batch, tokens.tolist())}
     model.train(was_training)
-    parts = [(texts, student.interrupted())] * world
+    parts = [(texts, max(student.signals, default=0))] * world
     if world > 1:
         dist.all_gather_object(parts, parts[0])
     signal = max(signal for _, signal in parts)
