@@ -62,7 +62,6 @@ from data import (
     data_files,
     get_task,
     has_split,
-    is_correct,
     load_dataset,
     lock,
     micro_batches,
@@ -126,9 +125,7 @@ class Config:
 
     # The student and its data.
     size: str = flag("tiny", "size of the student", RECIPES)
-    weights: str | None = flag(
-        None, "a T5 folder, or random; default weights/t5-v1_1-SIZE, for tiny random"
-    )
+    weights: str | None = flag(None, "T5 folder or random; default weights/t5-v1_1-SIZE")
     dataset: str | None = flag(
         None, "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default esnli, for tiny demo"
     )
@@ -136,9 +133,7 @@ class Config:
     # What the student learns, and from how many examples.
     method: str = flag("step-by-step", "what it learns", METHODS)
     labels: str = flag("human", "whose labels it learns", ("human", "teacher"))
-    rationales: list[str] | None = flag(
-        None, "palm, neox, human, or a teacher's .jsonl files; default palm for the benchmarks"
-    )
+    rationales: list[str] | None = flag(None, "palm (benchmarks' default), neox, human or files")
     prefixes: str = flag("paper", "whose task prefixes", PREFIXES)
     fraction: float = flag(1.0, "share of the training examples", "above 0 and at most 1")
     augment: str | None = flag(None, "also train on it, with a teacher's labels", ("asdiv",))
@@ -156,17 +151,9 @@ class Config:
     precision: str | None = flag(None, "default bf16 on CUDA, fp32 on CPU", ("fp32", "bf16"))
     # MAY_CHANGE: a resumed run may change these. They change neither the method nor the order of
     # the data, but may change rounding; other micro-batches draw other dropout masks.
-    save_every: int | None = flag(
-        None,
-        "steps between saved states, besides each evaluation's; default --eval-every",
-        "at least 1",
-    )
-    micro_tokens: int | None = flag(
-        None, "most padded tokens (source + target) in a forward pass on a device", "at least 1"
-    )
-    parallel: str | None = flag(
-        None, "default under torchrun fsdp for xl and xxl, else ddp", ("none", "ddp", "fsdp")
-    )
+    save_every: int | None = flag(None, "steps between states; default --eval-every", "at least 1")
+    micro_tokens: int | None = flag(None, "most padded tokens in a forward pass", "at least 1")
+    parallel: str | None = flag(None, "default fsdp for xl, xxl; else ddp", ("none", "ddp", "fsdp"))
     recompute: bool | None = flag(None, "recompute activations in the backward pass")
     compile: bool = flag(False, "compile the model's blocks, for GPUs")
 
@@ -189,10 +176,10 @@ def check_values(c: Config) -> None:
 def resolve(config: Config, world: int | None = None) -> Config:
     """Returns a copy with all defaults filled in; `augment` and `rationales` may stay None.
 
-    Defaults depend on the size, the data set, the device and `world`, the number of processes; by
-    default torchrun's. `device`
-    becomes "cpu" or "cuda", without the GPU's number; `parallel` becomes "none" for one process.
-    Resolving a second time changes nothing, so that a resumed run can start from `run.json`.
+    Defaults depend on the size, the data set, the device and `world`, the number of processes, by
+    default torchrun's. `device` becomes "cpu" or "cuda", without the GPU's number; `parallel`
+    becomes "none" for one process. Resolving a second time changes nothing, so that a resumed run
+    can start from `run.json`.
     UserError for a value or a combination that is not allowed.
     """
     c = replace(config)
@@ -226,10 +213,7 @@ def resolve_rationales(c: Config) -> None:
     if c.augment and get_task(c.dataset).scorer != "arithmetic":
         raise UserError(f"--augment {c.augment} is not for {c.dataset}; allowed: svamp")
     if c.augment and not split_rationales(c, "augment"):
-        raise UserError(
-            f"--augment {c.augment} needs --rationales with a teacher's answers to it, from "
-            f"`python teacher.py --dataset {c.augment}`"
-        )
+        raise UserError(f"--augment needs --rationales of `teacher.py --dataset {c.augment}`")
     files = [] if c.augment or isinstance(c.rationales, str) else c.rationales or []
     if {*files} & {*evaluation.NAMED}:
         raise UserError(f"--rationales {' '.join(c.rationales)}: both together need --augment")
@@ -309,16 +293,14 @@ def provenance(c: Config) -> dict:
     paths = {path for paths in input_files(c).values() for path in paths}
     described = {path.with_name("task.json") for path in paths if path.name == "train.jsonl"}
     paths |= set(filter(Path.is_file, described))
-    # Through a shell, which needs no git to answer.
-    git = subprocess.run(
-        "git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    # Through a shell, which only warns where git is not installed.
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True)
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
     return {
         "data_sha256": {str(path): sha256(path) for path in sorted(paths)},
         "weights_sha256": weights_hashes(weights_folder(c)),
-        "git_sha": git or None,
-        "versions": {**versions, "numpy": np.__version__},
+        "git_sha": git.stdout.decode().strip() or None,
+        "versions": {**versions, "torch": torch.__version__},
     }
 
 
@@ -536,8 +518,6 @@ def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer) -> 
         for other in root.glob("step-*"):  # only now may the state before it go
             if other != folder:
                 shutil.rmtree(other)
-    if sharded:
-        dist.barrier()
     return time.monotonic() - start
 
 
@@ -613,8 +593,8 @@ def check_files(c: Config) -> None:
     for source, paths in input_files(c).items():
         lost = [str(path) for path in dict.fromkeys(paths) if not path.is_file()]
         if lost:
-            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            missing.append(f"{', '.join(lost[:3])}{more}: No such file; from {source}")
+            lost[3:] = ["..."] if len(lost) > 3 else []
+            missing.append(f"{', '.join(lost)}: No such file; from {source}")
     if missing:
         raise UserError("; and ".join(missing))
 
@@ -650,24 +630,24 @@ class Data:
     rows: TokenRows
     ids: list[str]  # of the training examples, as numbered in `rows`
     valid: list[Example]
-    test: list[Example] | None
+    test: list[Example]  # empty where there is no test split
     majority: str  # the most frequent training label
     notes: list[str]  # lines for the user: counts of examples, rows, truncation
 
 
-def read_splits(c: Config, counts: Counter) -> tuple[list[Example], list[Example], list | None]:
-    """Returns train, valid and test; None where there is no test split. Adds to `counts` what is
-    dropped from train. UserError where valid or test has no label to score against."""
-    splits = []
+def read_splits(c: Config, counts: Counter) -> dict[str, list[Example]]:
+    """Returns the examples of train, valid and test; none where there is no test split. Adds to
+    `counts` what is dropped from train. UserError where valid or test has no label to score."""
+    splits = {"test": []}
     for split in ("train", "valid", "test"):
-        examples, dropped = None, counts if split == "train" else None
-        if has_split(c.dataset, split, c.data_root) or split != "test":
-            source = split_rationales(c, split)
-            examples = load_dataset(c.dataset, split, c.data_root, source, dropped, c.augment)
-        if split != "train" and examples and set(evaluation.gold_labels(examples)[1]) == {None}:
+        if split == "test" and not has_split(c.dataset, "test", c.data_root):
+            continue
+        source, dropped = split_rationales(c, split), counts if split == "train" else None
+        examples = load_dataset(c.dataset, split, c.data_root, source, dropped, c.augment)
+        if split != "train" and not any(e.label or e.teacher_label for e in examples):
             raise UserError(f"no example of {split} has a label; give --rationales that answer it")
-        splits.append(examples)
-    return tuple(splits)
+        splits[split] = examples
+    return splits
 
 
 def prepare(c: Config) -> Data:
@@ -677,20 +657,19 @@ def prepare(c: Config) -> Data:
     the wanted label, none has a rationale that the method needs, or valid or test has no label.
     """
     counts = Counter()
-    everything, valid, test = read_splits(c, counts)
+    splits = read_splits(c, counts)
+    everything, valid, test = (splits[name] for name in ("train", "valid", "test"))
     tokenizer = evaluation.load_tokenizer(weights_folder(c))
     # The examples to train on: a seeded fraction, with the wanted label.
     own = fraction_of(everything, c.fraction, [c.seed, 1])
     more = augmenting(c, counts) if c.augment else []
     usable = [e for e in own + more if wanted_label(e, c.labels) is not None]
     if not usable:
-        raise UserError(f"no training example has a {c.labels} label; give other --labels, or "
-                        "--rationales with teacher labels")  # fmt: skip
+        raise UserError(f"no training example has a {c.labels} label; see --labels, --rationales")
     bare = sum(not e.rationale for e in usable) if c.method != "standard" else 0
     if bare == len(usable):
-        raise UserError(f"--method {c.method} needs rationales and no example has one; give "
-                        "--rationales, or --method standard")  # fmt: skip
-    gold = [e.label for e in everything + valid + (test or [])]
+        raise UserError(f"--method {c.method} needs rationales, no example has any: --rationales")
+    gold = [e.label for e in everything + valid + test]
     wanted = [wanted_label(e, c.labels) for e in usable]
     inputs = [e.input for e in everything]
     warnings = check_labels(get_task(c.dataset), tokenizer, gold + wanted, inputs)
@@ -705,7 +684,7 @@ def prepare(c: Config) -> Data:
 
     notes = [
         f"data: {c.dataset}, {len(own):,} of {len(everything):,} training examples "
-        f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test or []):,} test"
+        f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test):,} test"
         + (f"; {len(more):,} of {c.augment} with the teacher's labels" if more else ""),
         f"left out, no {c.labels} label: {len(own + more) - len(usable):,}; "
         f"without rationale: {bare:,}; "
@@ -744,7 +723,7 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
             config = untrained or student.read_config(folder)
             with torch.device("meta"):
                 model = student(config)
-            parallelize(model, c).to_empty(device=own_device(c))
+            parallelize(model, c).to_empty(device=torch.device(c.device))
             if random:
                 model.init_weights(c.seed)
             else:
@@ -770,20 +749,13 @@ def check_size(c: Config, model: nn.Module, tokenizer: Tokenizer) -> None:
         config = evaluation.untrained_config(c.size, tokenizer.vocab_size)
         expected, found = parameters(type(model)(config)), parameters(model)
     if not expected / 2 <= found <= 2 * expected:
-        raise UserError(
-            f"--size {c.size} has about {expected:,} parameters, and --weights {c.weights} "
-            f"{found:,}; give the size of these weights, or weights of this size"
-        )
+        found = f"--weights {c.weights} has {found:,} parameters"
+        raise UserError(f"{found}, but --size {c.size} about {expected:,}; give its own size")
 
 
 def fills_shards(student: type[nn.Module]) -> bool:
     """Can this class read and write a sharded model's weights, as T5 does?"""
     return hasattr(student, "load_weights")
-
-
-def own_device(c: Config) -> torch.device:
-    """Returns this process's device: the CPU, or the GPU that `eval.processes` made current."""
-    return torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
 
 
 def parallelize(model: nn.Module, c: Config) -> nn.Module:
@@ -894,19 +866,29 @@ def own_batches(c: Config, rows: TokenRows, row_ids: np.ndarray, device: torch.d
     return [row_ids[members] for members in batches[rank]]
 
 
+def begin_step(optimizer, c: Config, step: int) -> float:
+    """Sets and returns the learning rate, and sets the seed of dropout. Both follow from the step
+    (and the rank), so that a resumed run has the same."""
+    lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    seed = np.random.SeedSequence([c.seed, step, rank_and_world()[0]])
+    torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+    return lr
+
+
 def train_step(
     model, optimizer, c: Config, data: Data, step: int, device: torch.device, stop: int
 ) -> tuple[dict, int]:
     """Runs one optimizer step, `step` from 0; `stop` is the signal that this rank got, or 0.
 
     Returns a line of `metrics.jsonl`, and the signal that any rank got, or 0. The line: step (from
-    1); each task's loss and their weighted sum, in nats a target token, over all ranks; lr; norm of
-    the gradient before clipping; examples and tokens (unpadded) a second, over all ranks; memory.
-    RunError on all ranks where the loss or the norm is not finite; then nothing has changed.
+    1); each task's loss and their weighted sum, in nats a target token; lr; norm of the gradient
+    before clipping; examples and tokens (unpadded) a second; memory. All but the last are over all
+    ranks. RunError on all where the loss or norm is not finite; then nothing has changed.
     """
-    start, rows = time.monotonic(), data.rows
-    (rank, world), n = rank_and_world(), len(TARGETS)
-
+    start, rows, n = time.monotonic(), data.rows, len(TARGETS)
+    world, lr = rank_and_world()[1], begin_step(optimizer, c, step)
     examples = step_examples(rows.n_examples, c.batch_size, c.seed, step)
     row_ids = rows.rows_of(examples)  # of each example its rows of all tasks
     batches = own_batches(c, rows, row_ids, device)
@@ -922,13 +904,6 @@ def train_step(
     counts, sums = to_tensors(arrays, device).values()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-    # Learning rate and dropout follow from the step alone, so a resumed run has the same.
-    lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    dropout_seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(dropout_seed[0]))
 
     # Forward and backward; gradients add up over the micro-batches.
     for i, members in enumerate(batches):
@@ -980,17 +955,17 @@ def first_lines(c: Config, data: Data, model: nn.Module, done: int) -> str:
     has weights and two moments, 12 bytes a parameter, a student 4."""
     size, world = parameters(model), rank_and_world()[1]
     epochs = c.steps * c.batch_size / data.rows.n_examples
-    lines = [
-        *data.notes,
-        f"model: {c.weights} ({c.size}), {size:,} parameters; {c.precision} on {world} x "
-        f"{c.device}, {c.parallel}; {torch.get_num_threads()} threads",
+    more = f"; continuing after step {done}" if done else ""
+    evaluations = -(-c.steps // c.eval_every)
+    return "\n".join(data.notes) + (
+        f"\nmodel: {c.weights} ({c.size}), {size:,} parameters; {c.precision} on {world} x "
+        f"{c.device}, {c.parallel}; {torch.get_num_threads()} threads\n"
         f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
-        f"most {c.micro_tokens:,} tokens" + (f"; continuing after step {done}" if done else ""),
-        f"cost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples, a "
-        f"state of {12 * size / 1e6:,.0f} MB every {c.save_every} steps, best and last "
-        f"{4 * size / 1e6:,.0f} MB each; training waits for each",
-    ]
-    return "\n".join(lines)
+        f"most {c.micro_tokens:,} tokens{more}\n"
+        f"cost: {evaluations:,} evaluations of {len(data.valid):,} examples, a state of "
+        f"{12 * size / 1e6:,.0f} MB every {c.save_every} steps, best and last "
+        f"{4 * size / 1e6:,.0f} MB each; training waits for each"
+    )
 
 
 def train(c: Config, out: Path, data: Data, student: Student) -> None:
@@ -1028,9 +1003,9 @@ def train(c: Config, out: Path, data: Data, student: Student) -> None:
     if rank == 0:  # lines after the state belong to steps that run again
         with open(out / "metrics.jsonl", "ab") as file:
             file.truncate(state["metrics_bytes"])
-    bar = tqdm(total=c.steps, initial=step, disable=rank > 0 or None)  # None: only on a terminal
     began, shown = time.monotonic(), -math.inf
-    with bar:
+    # disable=None shows the bar only on a terminal.
+    with tqdm(total=c.steps, initial=step, disable=rank > 0 or None) as bar:
         while True:
             # Evaluate if it is due, and write best/ if the student has improved.
             evaluates = step % c.eval_every == 0 or step == c.steps
@@ -1050,16 +1025,16 @@ def train(c: Config, out: Path, data: Data, student: Student) -> None:
                 break
 
             # Train one step.
-            metrics, stop = train_step(
-                wrapped, optimizer, c, data, step, device, max(student.signals, default=0)
-            )
+            got = next(iter(student.signals), 0)
+            metrics, stop = train_step(wrapped, optimizer, c, data, step, device, got)
             step += 1
             log(metrics)
             bar.update()
             if time.monotonic() - shown > 10 or step == c.steps:
                 shown = time.monotonic()
                 left = (shown - began) / (step - began_at) * (c.steps - step)
-                print0(log_line(c, metrics, left))
+                figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+                print0(figures, f" left {timedelta(seconds=int(left))}")
 
             # Save the state if it is due: also before an evaluation, which a signal may end.
             due = step % c.save_every == 0 or step % c.eval_every == 0 or step == c.steps or stop
@@ -1075,16 +1050,6 @@ def train(c: Config, out: Path, data: Data, student: Student) -> None:
         save_student(c, model, data.tokenizer, out / "last", c.steps, accuracy)
 
 
-def log_line(c: Config, m: dict, seconds_left: float) -> str:
-    """One line for people; `metrics.jsonl` has every step."""
-    return (
-        f"step {m['step']}/{c.steps}  label {m['label_loss']:.4f}  rationale "
-        f"{m['rationale_loss']:.4f}  lr {m['lr']:.2e}  norm {m['grad_norm']:.2f}  "
-        f"{m['examples_per_second']:.0f} examples/s  {m['tokens_per_second']:.0f} tokens/s  "
-        f"{m['peak_memory_bytes'] / 2**30:.2f} GiB  left {timedelta(seconds=int(seconds_left))}"
-    )
-
-
 def finish(c: Config, out: Path, data: Data, student: Student) -> dict:
     """Scores the best student on test, once, and writes `predictions.jsonl` and `result.json`."""
     (rank, world), model, best = rank_and_world(), student.model, out / "best"
@@ -1095,20 +1060,18 @@ def finish(c: Config, out: Path, data: Data, student: Student) -> dict:
     else:
         student.model = evaluation.load_model(best).to(student.device)
     summary = {"accuracy": None, "n": 0}
-    if data.test is not None:
+    if data.test:
         summary, rows = evaluation.evaluate(student, data.test, progress="test")
         if rank == 0:
             write_jsonl(out / "predictions.jsonl", rows)
     # The rival that always gives the most frequent training label, on the split that is scored.
-    kind, gold = evaluation.gold_labels(data.valid if data.test is None else data.test)
-    scored = [label for label in gold if label is not None]
-    task = get_task(c.dataset)
-    hits = sum(is_correct(task, data.majority, label) for label in scored)
+    scored = data.test or data.valid
+    rival, _ = evaluation.score(get_task(c.dataset), [data.majority] * len(scored), scored)
     about = json.loads((best / "dsbs.json").read_text())
     result = {
         "valid_accuracy": about["valid_accuracy"], "test_accuracy": summary["accuracy"],
-        "n_test": summary["n"], "best_step": about["step"], "labels": kind,
-        "majority_accuracy": hits / len(scored), "parameters": parameters(model),
+        "n_test": summary["n"], "best_step": about["step"], "labels": rival["labels"],
+        "majority_accuracy": rival["accuracy"], "parameters": parameters(model),
         **{key: getattr(c, key) for key in ("dataset", "size", "method", "fraction", "seed")},
     }  # fmt: skip
     if rank == 0:
@@ -1143,12 +1106,10 @@ def add_flag(parser: argparse.ArgumentParser, setting: Field) -> None:
         default = ", ".join(f"{recipe[name]} ({size})" for size, recipe in RECIPES.items())
     if default is not None:
         help += f"; default {default}"
-    kinds = [setting.type, *get_args(setting.type)]
-    how = {"type": next((kind for kind in (int, float) if kind in kinds), str)}
-    if bool in kinds:
-        how = {"action": argparse.BooleanOptionalAction}
-    elif list[str] in kinds:
-        how = {"nargs": "+"}
+    # The first of `int | None`, or the type itself.
+    kind = (get_args(setting.type) or [setting.type])[0]
+    how = {bool: {"action": argparse.BooleanOptionalAction}, list[str]: {"nargs": "+"}}
+    how = how.get(kind, {"type": kind})
     flag = f"--{name.replace('_', '-')}"
     parser.add_argument(flag, default=argparse.SUPPRESS, help=help, **how)
 
@@ -1197,8 +1158,8 @@ def run(given: dict, args: argparse.Namespace, argv: list[str]) -> int:
         exists = from_rank_0((out / "run.json").exists)
         result = from_rank_0(claim) if exists else None
         if result:
-            first = from_rank_0(lambda: read_run(out)["argv"])
-            again = command(*(word for word in first if word != "--resume"), "--out", f"{out}-2")
+            first = [word for word in read_run(out)["argv"] if word != "--resume"]
+            again = command(*first, "--out", f"{out}-2")
             print0(f"{out} is finished; to repeat it elsewhere:\n  {again}")
         else:
             data = prepare(c)
@@ -1208,7 +1169,7 @@ def run(given: dict, args: argparse.Namespace, argv: list[str]) -> int:
             if not exists:
                 from_rank_0(claim)
             print0(f"run folder: {out}")
-            device, signals = own_device(c), held.enter_context(noted_signals())
+            device, signals = torch.device(c.device), held.enter_context(noted_signals())
             about = c.method, c.prefixes, c.dataset
             student = Student(
                 model.to(device), data.tokenizer, *about, device, c.precision, signals
@@ -1217,9 +1178,10 @@ def run(given: dict, args: argparse.Namespace, argv: list[str]) -> int:
                 train(c, out, data, student)
                 result = finish(c, out, data, student)
             except Interrupted as stop:
+                (number,) = stop.args
                 again = command("--out", str(out), "--resume")
-                print0(f"stopped by signal {stop.number}; the state is saved; go on:\n  {again}")
-                return 128 + stop.number
+                print0(f"stopped by signal {number}; the state is saved; go on:\n  {again}")
+                return 128 + number
         show_result(c, out, result)
     return 0
 
@@ -1242,7 +1204,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--timeout {args.timeout}: must be a positive number of seconds")
         if args.resume and args.out and (args.out / "run.json").exists():
             before = read_run(args.out)["config"]  # by each rank: there is no process group yet
-            del before["parallel"]  # the number of processes may have changed
+            before.pop("parallel")  # the number of processes may have changed
             given = before | given
         try:
             device = evaluation.choose_device(given.get("device"))
