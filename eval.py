@@ -21,7 +21,7 @@ import shutil
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -82,26 +82,19 @@ def choose_device(name: str | None) -> torch.device:
     """Returns the device for `cpu`, `cuda`, `cuda:N`, or None for the best one. Under torchrun a
     rank gets the GPU of its LOCAL_RANK. UserError where there is no such device."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    allowed = "allowed: cpu" + (", cuda, cuda:N" if cards else " (this torch finds no CUDA device)")
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if not (name or cards):
         warn_of_idle_gpu()
     name = name or ("cuda" if cards else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is unknown; {allowed}") from None
-    if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        device = torch.device("cuda", local if several else device.index or local)
-        if several and 0 < cards <= local:
-            raise UserError(
-                f"rank {os.environ['RANK']} needs GPU {local} and this machine has {cards}; "
-                f"allowed: --nproc_per_node={cards} at most"
-            )
-    if (device.index or 0) >= {"cpu": 1, "cuda": cards}.get(device.type, 0):
-        raise UserError(f"--device {name!r} is not available; {allowed}")
-    return device
+    allowed = {"cpu": torch.device("cpu")}
+    if local < cards:
+        allowed["cuda"] = torch.device("cuda", local)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        allowed |= {f"cuda:{i}": torch.device("cuda", i) for i in range(cards)}
+    if name not in allowed:
+        words = f"allowed: {', '.join(allowed)}; torch finds {cards} CUDA devices"
+        raise UserError(f"--device {name!r} of local rank {local} is not available; {words}")
+    return allowed[name]
 
 
 @functools.lru_cache(maxsize=1)  # once
@@ -110,12 +103,9 @@ def warn_of_idle_gpu() -> None:
     driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if driver and not hidden and int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"warning: this machine has a CUDA driver, but torch {torch.__version__} (CUDA "
-            f"{torch.version.cuda}) finds no device; using the CPU: install a torch for this "
-            "driver (https://pytorch.org/get-started/locally), or say --device cpu",
-            file=sys.stderr,
-        )
+        version = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+        reason = f"warning: this machine has a CUDA driver, but {version} finds no device"
+        print(f"{reason}; using the CPU. See https://pytorch.org/get-started", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -145,11 +135,7 @@ def processes(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+    """A signal, whose number is the argument, asked the run to stop."""
 
 
 class RunError(Exception):
@@ -226,7 +212,7 @@ class Student:
     dataset: str  # gives the form of an answer, and the scorer
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
-    interrupted: Callable[[], int] = lambda: 0  # the number of a signal that this rank got, or 0
+    signals: list[int] = field(default_factory=list)  # that this rank got: they end a prediction
 
 
 @contextlib.contextmanager
@@ -259,22 +245,17 @@ def load_tokenizer(folder: Path) -> Any:
 def check_vocabulary(model: nn.Module, tokenizer: Any, folder: str | os.PathLike) -> None:
     """UserError unless a model's config has room for its vocabulary and the same special ids: the
     config's are those that training and generation use. A fork may have no such config."""
-    config = getattr(model, "config", None)
-    rows = getattr(config, "vocab_size", tokenizer.vocab_size)
-    if rows < tokenizer.vocab_size:
-        raise UserError(
-            f"{folder}: vocab_size {rows} is smaller than its tokenizer's "
-            f"{tokenizer.vocab_size}; they belong to different models"
-        )
-    pad, eos = tokenizer.pad_id, getattr(tokenizer, "eos_id", None)
-    wanted = {"decoder_start_token_id": pad, "pad_token_id": pad, "eos_token_id": eos}
+    config, size = getattr(model, "config", None), tokenizer.vocab_size
+    if (rows := getattr(config, "vocab_size", size)) < size:
+        raise UserError(f"{folder}: vocab_size {rows} is smaller than its vocabulary, {size}")
+    pad = tokenizer.pad_id
+    wanted = {"decoder_start_token_id": pad, "pad_token_id": pad}
+    wanted["eos_token_id"] = getattr(tokenizer, "eos_id", None)
     for key, id in wanted.items():
         given = getattr(config, key, id)
         if id is not None and given != id:
-            raise UserError(
-                f"{folder}: {key} is {given} in config.json and {id} in the vocabulary; they "
-                "belong to different models, or config.json must be corrected"
-            )
+            reason = f"{key} is {given} in config.json and {id} in the vocabulary"
+            raise UserError(f"{folder}: {reason}; correct config.json, or give another vocabulary")
 
 
 def load_student(folder: str | os.PathLike, device: torch.device, precision: str) -> Student:
@@ -283,21 +264,18 @@ def load_student(folder: str | os.PathLike, device: torch.device, precision: str
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a student such as runs/NAME/best")
-    if not (folder / "dsbs.json").is_file():
-        raise UserError(f"{folder} is not a student: dsbs.json is missing; give a folder that "
-                        "train.py wrote, such as runs/NAME/best")  # fmt: skip
     try:
         about = json.loads((folder / "dsbs.json").read_text())
-        method, prefixes, dataset = about["method"], about["prefixes"], about["dataset"]
-        if method not in METHODS or prefixes not in PREFIXES:
-            raise ValueError(f"unknown method {method!r} or prefixes {prefixes!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'dsbs.json'} is damaged: {error!r}") from None
+        use = {key: about[key] for key in ("method", "prefixes", "dataset")}
+        if use["method"] not in METHODS or use["prefixes"] not in PREFIXES:
+            raise ValueError(f"unknown method or prefixes in {use}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a student; its dsbs.json: {error!r}") from None
     tokenizer = load_tokenizer(folder)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(folder).to(device=device, dtype=dtype)
     check_vocabulary(model, tokenizer, folder)
-    return Student(model, tokenizer, method, prefixes, dataset, device, precision)
+    return Student(model, tokenizer, **use, device=device, precision=precision)
 
 
 # ---- Prediction ----------------------------------------------------------------------------------
@@ -364,7 +342,7 @@ def generate_texts(
 
     Sources are sorted by length into batches of at most `batch_size` rows and MAX_TOKENS source
     tokens; rank r decodes every world-th batch from the r-th on, so that one rank decodes each
-    source. `progress` names the progress bar. Where a rank got a signal (`student.interrupted`),
+    source. `progress` names the progress bar. Where a rank got a signal (`student.signals`),
     all ranks raise Interrupted.
     """
     rank, world = rank_and_world()
@@ -375,13 +353,13 @@ def generate_texts(
     while order:
         rows = max(1, min(batch_size, MAX_TOKENS // len(ids[order[0]])))
         batches, order = [*batches, order[:rows]], order[rows:]
-    quiet = rank > 0 or not progress or not sys.stderr.isatty()
+    quiet = rank > 0 or not progress or None  # None: only on a terminal
     bar = tqdm(batches[rank::world], desc=progress, leave=False, disable=quiet)
     texts, was_training = {}, model.training
     model.eval()
     with torch.no_grad(), ready(model, student.precision), autocast(device, student.precision):
         for batch in bar:
-            if student.interrupted():
+            if student.signals:
                 break
             rows = [ids[i] for i in batch]
             input_ids = pad(rows, tokenizer.pad_id, MULTIPLE[device.type])  # (B, S) int64
@@ -390,7 +368,7 @@ def generate_texts(
             tokens = model.generate(*inputs, max_new_tokens=max_new_tokens)  # (B, T)
             texts |= {i: tokenizer.decode(row) for i, row in zip(batch, tokens.tolist())}
     model.train(was_training)
-    parts = [(texts, student.interrupted())] * world
+    parts = [(texts, next(iter(student.signals), 0))] * world
     if world > 1:
         dist.all_gather_object(parts, parts[0])
     signal = max(signal for _, signal in parts)
@@ -412,10 +390,7 @@ def predict(
     """
     if explain and not METHODS[student.method].explains:
         able = ", ".join(name for name, method in METHODS.items() if method.explains)
-        raise UserError(
-            f"--explain: this student was trained with {student.method}, which teaches no "
-            f"rationales; allowed: students of {able}"
-        )
+        raise UserError(f"--explain: trained with {student.method}, not with one of {able}")
 
     def generate(max_new_tokens: int, *task: str) -> list[str]:
         sources = [make_source(e, student.method, student.prefixes, *task) for e in examples]
@@ -440,9 +415,21 @@ def predict(
 
 def gold_labels(examples: list[Example]) -> tuple[str, list[str | None]]:
     """Returns the labels to score a split on: ("human", labels) where an example has a human's,
-    else ("teacher", labels)."""
+    else ("teacher", labels). UserError where no example has any."""
     kind = "human" if any(e.label is not None for e in examples) else "teacher"
-    return kind, [e.label if kind == "human" else e.teacher_label for e in examples]
+    gold = [e.label if kind == "human" else e.teacher_label for e in examples]
+    if set(gold) == {None}:
+        raise UserError("no example has a label, neither human nor the teacher's: nothing to score")
+    return kind, gold
+
+
+def score(task: Task, texts: Iterable[str], examples: list[Example]) -> tuple[dict, list[bool]]:
+    """Scores one text for each example. Returns ({"accuracy", "n", "labels"}, what is right).
+    "labels" is "human" or "teacher" (`gold_labels`), and "n" counts the examples that have one."""
+    kind, gold = gold_labels(examples)
+    right = [x is not None and is_correct(task, text, x) for text, x in zip(texts, gold)]
+    n = sum(x is not None for x in gold)
+    return {"accuracy": sum(right) / n, "n": n, "labels": kind}, right
 
 
 def evaluate(
@@ -450,19 +437,14 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Predicts a split and scores it with the scorer of the student's dataset.
 
-    Returns ({"accuracy", "n", "labels"}, rows of `predictions.jsonl` in the examples' order).
-    "labels" is "human" or "teacher" (`gold_labels`), and "n" counts the examples that have one.
-    UserError if none has.
+    Returns (what `score` returns, rows of `predictions.jsonl` in the examples' order). UserError if
+    no example has a label.
     """
-    kind, gold = gold_labels(examples)
-    n = sum(label is not None for label in gold)
-    if not n:
-        raise UserError("no example has a label, neither human nor the teacher's: nothing to score")
-    rows, task = predict(student, examples, explain, progress), get_task(student.dataset)
-    for row, label in zip(rows, gold):
-        row["correct"] = label is not None and is_correct(task, row["prediction"], label)
-    accuracy = sum(row["correct"] for row in rows) / n
-    return {"accuracy": accuracy, "n": n, "labels": kind}, rows
+    gold_labels(examples)  # its error comes before an hour of prediction
+    rows = predict(student, examples, explain, progress)
+    task = get_task(student.dataset)
+    summary, right = score(task, [row["prediction"] for row in rows], examples)
+    return summary, [row | {"correct": correct} for row, correct in zip(rows, right)]
 
 
 def rationale_source(names: list[str] | None, dataset: str | Task, needed: bool) -> Rationales:
@@ -525,27 +507,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> None:
+def run(args: argparse.Namespace, device: torch.device) -> int:
     """Prints a JSON line for each input to predict; or scores a split, writes `predictions.jsonl`
-    and prints one JSON line."""
+    and prints one JSON line. Returns 0."""
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     student = load_student(args.student, device, precision)
     if args.predict:
         for row in predict(student, read_inputs(args.predict), args.explain, progress="predict"):
             print0(json.dumps(row, ensure_ascii=False))
-        return
+        return 0
     student.dataset = args.dataset or student.dataset
-    out = Path(args.out or Path(args.student, "predictions.jsonl"))
-    if not out.parent.is_dir():  # known before an hour of prediction, not after it
-        raise UserError(f"--out {out}: {out.parent} is no folder; make it, or give another")
     task, needed = get_task(student.dataset), student.method == "rationale-input"
     rationales = rationale_source(args.rationales, task, needed)
     examples = load_dataset(task, args.split, args.data_root, rationales)
     summary, rows = evaluate(student, examples, args.explain, progress=args.split)
+    out = Path(args.out or Path(args.student, "predictions.jsonl"))
     if rank_and_world()[0] == 0:
         write_jsonl(out, rows)
     about = {"student": args.student, "dataset": student.dataset, "split": args.split}
     print0(json.dumps({**about, **summary, "predictions": str(out)}))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -555,8 +536,7 @@ def main(argv: list[str] | None = None) -> int:
     def program() -> int:
         device = choose_device(args.device)
         with processes(device):
-            run(args, device)
-        return 0
+            return run(args, device)
 
     return exit_status(program)
 

@@ -35,11 +35,11 @@ import subprocess
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -62,7 +62,6 @@ from data import (
     data_files,
     get_task,
     has_split,
-    is_correct,
     load_dataset,
     lock,
     micro_batches,
@@ -75,19 +74,7 @@ from data import (
     write_jsonl,
 )
 from dsbs import METHODS, PREFIXES, TARGETS, make_rows, multitask_loss, wanted_label
-from eval import (
-    NAMED,
-    Interrupted,
-    RunError,
-    Student,
-    autocast,
-    choose_device,
-    exit_process,
-    exit_status,
-    print0,
-    processes,
-    rank_and_world,
-)
+from eval import Interrupted, RunError, Student, print0, rank_and_world
 from t5 import shift_right
 
 HERE = Path(__file__).parent
@@ -116,31 +103,19 @@ OVERHEAD = {"cuda": 1024, "cpu": 128}
 # ------------------------------------------------------------------------------- configuration
 
 
-def by_size(name: str) -> str:
-    """The defaults of a setting that depends on --size, for the help text."""
-    sizes = {}
-    for size, recipe in RECIPES.items():
-        sizes.setdefault(recipe[name], []).append(size)
-    return "; default " + ", ".join(f"{v} ({' '.join(names)})" for v, names in sizes.items())
+BOUNDS = {  # conditions on a number, in words and as a test, which NaN fails
+    "at least 1": lambda x: x >= 1,
+    "at least 0": lambda x: x >= 0,
+    "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "a positive number": lambda x: 0 < x < math.inf,
+    "0 or a positive number": lambda x: 0 <= x < math.inf,
+}
 
 
-class Bound(NamedTuple):
-    """A condition on a number, in words and as a test, which NaN fails."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-COUNT = Bound("at least 1", lambda x: x >= 1)
-NATURAL = Bound("at least 0", lambda x: x >= 0)
-SHARE = Bound("above 0 and at most 1", lambda x: 0 < x <= 1)
-POSITIVE = Bound("a positive number", lambda x: 0 < x < math.inf)
-WEIGHT = Bound("0 or a positive number", lambda x: 0 <= x < math.inf)
-PROBABILITY = Bound("at least 0 and below 1", lambda x: 0 <= x < 1)
-
-
-def flag(default: Any, help: str, allowed: Iterable[str] | Bound | None = None) -> Any:
-    """A field of Config that is a flag of train.py: its default, help text and allowed values."""
+def flag(default: Any, help: str, allowed: Collection[str] = ()) -> Any:
+    """A field of Config that is a flag of train.py. `allowed` is a key of BOUNDS or a collection of
+    values; empty allows all. --help shows the allowed values and the default with the text."""
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
@@ -149,67 +124,38 @@ class Config:
     """The settings of a run; each field is a flag. None means "not given", see `resolve`."""
 
     # The student and its data.
-    size: str = flag("tiny", f"{', '.join(RECIPES)}; default tiny", RECIPES)
-    weights: str | None = flag(
-        None,
-        "a Hugging Face T5 folder, or random; default random for tiny, else weights/t5-v1_1-SIZE",
-    )
+    size: str = flag("tiny", "size of the student", RECIPES)
+    weights: str | None = flag(None, "T5 folder or random; default weights/t5-v1_1-SIZE")
     dataset: str | None = flag(
-        None,
-        "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default demo for tiny, else esnli",
+        None, "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default esnli, for tiny demo"
     )
-    data_root: str = flag("datasets", "folder of the benchmarks; default datasets")
+    data_root: str = flag("datasets", "folder of the benchmarks")
     # What the student learns, and from how many examples.
-    method: str = flag("step-by-step", f"{', '.join(METHODS)}; default step-by-step", METHODS)
-    labels: str = flag("human", "human or teacher; default human", ("human", "teacher"))
-    rationales: list[str] | None = flag(
-        None, "palm, neox, human, or a teacher's .jsonl files; default palm for the benchmarks"
-    )
-    prefixes: str = flag("paper", "paper or released; default paper", PREFIXES)
-    fraction: float = flag(1.0, "share of the training examples; default 1", SHARE)
-    augment: str | None = flag(
-        None, "asdiv: train on its problems too, with a teacher's labels", ("asdiv",)
-    )
-    augment_fraction: float = flag(1.0, "share of the augmenting examples; default 1", SHARE)
+    method: str = flag("step-by-step", "what it learns", METHODS)
+    labels: str = flag("human", "whose labels it learns", ("human", "teacher"))
+    rationales: list[str] | None = flag(None, "palm (benchmarks' default), neox, human or files")
+    prefixes: str = flag("paper", "whose task prefixes", PREFIXES)
+    fraction: float = flag(1.0, "share of the training examples", "above 0 and at most 1")
+    augment: str | None = flag(None, "also train on it, with a teacher's labels", ("asdiv",))
+    augment_fraction: float = flag(1.0, "share of the augmenting examples", "above 0 and at most 1")
     # The optimizer.
-    steps: int | None = flag(None, "optimizer steps" + by_size("steps"), COUNT)
-    batch_size: int | None = flag(
-        None, "examples in a step, over all processes" + by_size("batch_size"), COUNT
-    )
-    lr: float | None = flag(
-        None, "learning rate at the start; falls linearly to 0" + by_size("lr"), POSITIVE
-    )
-    lam: float = flag(1.0, "weight of the rationales' loss, lambda of Eq. 3; default 1", WEIGHT)
-    dropout: float = flag(0.1, "default 0.1", PROBABILITY)
-    seed: int = flag(0, "default 0", NATURAL)
+    steps: int | None = flag(None, "optimizer steps", "at least 1")
+    batch_size: int | None = flag(None, "examples in a step, over all processes", "at least 1")
+    lr: float | None = flag(None, "first learning rate; falls linearly to 0", "a positive number")
+    lam: float = flag(1.0, "lambda of Eq. 3, the rationales' weight", "0 or a positive number")
+    dropout: float = flag(0.1, "probability of dropout", "at least 0 and below 1")
+    seed: int = flag(0, "of the order of examples, dropout and random weights", "at least 0")
     # How the run is carried out.
-    eval_every: int | None = flag(None, "steps between evaluations" + by_size("eval_every"), COUNT)
-    device: str | None = flag(None, "cpu, cuda or cuda:N; default: a GPU where there is one")
-    precision: str | None = flag(
-        None, "fp32 or bf16; default bf16 on CUDA, fp32 on CPU", ("fp32", "bf16")
-    )
+    eval_every: int | None = flag(None, "steps between evaluations", "at least 1")
+    device: str | None = flag(None, "cpu, cuda or cuda:N; default a GPU where there is one")
+    precision: str | None = flag(None, "default bf16 on CUDA, fp32 on CPU", ("fp32", "bf16"))
     # MAY_CHANGE: a resumed run may change these. They change neither the method nor the order of
     # the data, but may change rounding; other micro-batches draw other dropout masks.
-    save_every: int | None = flag(
-        None,
-        "steps between saved states (each evaluation saves one too); default --eval-every",
-        COUNT,
-    )
-    micro_tokens: int | None = flag(
-        None,
-        "most tokens, padding included (source + target), in one forward pass on one device"
-        + by_size("micro_tokens"),
-        COUNT,
-    )
-    parallel: str | None = flag(
-        None,
-        "none, ddp or fsdp; default under torchrun: fsdp for xl and xxl, else ddp",
-        ("none", "ddp", "fsdp"),
-    )
-    recompute: bool | None = flag(
-        None, "recompute activations in the backward pass" + by_size("recompute")
-    )
-    compile: bool = flag(False, "compile the model's blocks, for GPUs; default no")
+    save_every: int | None = flag(None, "steps between states; default --eval-every", "at least 1")
+    micro_tokens: int | None = flag(None, "most padded tokens in a forward pass", "at least 1")
+    parallel: str | None = flag(None, "default fsdp for xl, xxl; else ddp", ("none", "ddp", "fsdp"))
+    recompute: bool | None = flag(None, "recompute activations in the backward pass")
+    compile: bool = flag(False, "compile the model's blocks, for GPUs")
 
 
 MAY_CHANGE = {"save_every", "micro_tokens", "parallel", "recompute", "compile"}
@@ -218,25 +164,25 @@ MAY_CHANGE = {"save_every", "micro_tokens", "parallel", "recompute", "compile"}
 def check_values(c: Config) -> None:
     """UserError for the first setting whose value is not allowed."""
     for setting in fields(c):
-        name, value = f"--{setting.name.replace('_', '-')}", getattr(c, setting.name)
-        allowed = setting.metadata["allowed"]
-        if value is None or allowed is None:
+        value, allowed = getattr(c, setting.name), setting.metadata["allowed"]
+        if value is None or not allowed:
             continue
-        if isinstance(allowed, Bound) and not allowed.holds(value):
-            raise UserError(f"{name} {value}: must be {allowed.words}")
-        if not isinstance(allowed, Bound) and value not in allowed:
-            raise UserError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
+        if not (BOUNDS[allowed](value) if isinstance(allowed, str) else value in allowed):
+            words = allowed if isinstance(allowed, str) else ", ".join(allowed)
+            name = setting.name.replace("_", "-")
+            raise UserError(f"--{name} {value!r}; allowed: {words}")
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, world: int | None = None) -> Config:
     """Returns a copy with all defaults filled in; `augment` and `rationales` may stay None.
 
-    Defaults depend on the size, the data set, the device and the number of processes. `device`
-    becomes "cpu" or "cuda", without the GPU's number; `parallel` becomes "none" for one process.
-    Resolving a second time changes nothing, so that a resumed run can start from `run.json`.
+    Defaults depend on the size, the data set, the device and `world`, the number of processes, by
+    default torchrun's. `device` becomes "cpu" or "cuda", without the GPU's number; `parallel`
+    becomes "none" for one process. Resolving a second time changes nothing, so that a resumed run
+    can start from `run.json`.
     UserError for a value or a combination that is not allowed.
     """
-    c = Config(**asdict(config))
+    c = replace(config)
     check_values(c)
     for name, value in RECIPES[c.size].items():
         if getattr(c, name) is None:
@@ -244,50 +190,33 @@ def resolve(config: Config) -> Config:
     c.weights = c.weights or ("random" if c.size == "tiny" else f"weights/t5-v1_1-{c.size}")
     c.dataset = c.dataset or ("demo" if c.size == "tiny" else "esnli")
     c.save_every = c.save_every or c.eval_every
-    device = choose_device(c.device)
-    c.device = device.type
-    c.precision = c.precision or ("bf16" if device.type == "cuda" else "fp32")
+    c.device = evaluation.choose_device(c.device).type
+    c.precision = c.precision or ("bf16" if c.device == "cuda" else "fp32")
     resolve_rationales(c)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if c.parallel == "none" and world > 1:
-        raise UserError(
-            f"--parallel none with {world} processes would train {world} models; allowed: ddp, fsdp"
-        )
+    world = world or int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         c.parallel = "none"
-    elif c.parallel is None:
-        c.parallel = default_parallel(c.size)
+    elif c.parallel == "none":
+        raise UserError(f"--parallel none would train {world} models; allowed: ddp, fsdp")
+    c.parallel = c.parallel or default_parallel(c.size)
     return c
 
 
 def resolve_rationales(c: Config) -> None:
     """Fills in --rationales; UserError where it, --dataset and --augment do not fit together."""
-    task = get_task(c.dataset)
     if c.dataset == "asdiv":
-        raise UserError(
-            "--dataset asdiv has no labels and no test split: it only augments svamp; "
-            "allowed: the other names, or a folder"
-        )
+        raise UserError("--dataset asdiv has no labels; use --augment asdiv with --dataset svamp")
     if isinstance(c.rationales, str):  # run.json stores a name without a list
         c.rationales = [c.rationales]
     uses = c.method != "standard" or c.labels == "teacher"
     c.rationales = evaluation.rationale_source(c.rationales, c.dataset, uses)
-    if c.augment and task.scorer != "arithmetic":
-        raise UserError(
-            f"--augment {c.augment} with --dataset {c.dataset}: its answers are equations; "
-            "allowed: svamp"
-        )
+    if c.augment and get_task(c.dataset).scorer != "arithmetic":
+        raise UserError(f"--augment {c.augment} is not for {c.dataset}; allowed: svamp")
     if c.augment and not split_rationales(c, "augment"):
-        raise UserError(
-            f"--augment {c.augment} needs a teacher's answers to it; annotate it "
-            f"with `python teacher.py --dataset {c.augment}` and add the file to "
-            f"--rationales, which may be `palm teacher/{c.augment}.train.jsonl`"
-        )
-    if not c.augment and isinstance(c.rationales, list) and set(c.rationales) & set(NAMED):
-        raise UserError(
-            f"--rationales {' '.join(c.rationales)}: allowed are one of "
-            f"{', '.join(NAMED)}, or files; both together are for --augment"
-        )
+        raise UserError(f"--augment needs --rationales of `teacher.py --dataset {c.augment}`")
+    files = [] if c.augment or isinstance(c.rationales, str) else c.rationales or []
+    if {*files} & {*evaluation.NAMED}:
+        raise UserError(f"--rationales {' '.join(c.rationales)}: both together need --augment")
 
 
 def default_parallel(size: str) -> str:
@@ -346,16 +275,13 @@ def weights_hashes(folder: Path) -> dict[str, str]:
     shapes, offsets). An 11B model would take minutes to read as a whole; of a .bin file only the
     size is taken. The limit of 128 MB is for a damaged header's length."""
     hashes = {}
-    for path in sorted(folder.glob("*")):
-        if path.suffix == ".safetensors":
-            with open(path, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                hashes[path.name] = sha256(file.read(min(size, 1 << 27)))
-        elif path.suffix == ".bin":
-            hashes[path.name] = f"{path.stat().st_size} bytes"
-        elif path.name in ("config.json", "spiece.model") or path.name.endswith(".index.json"):
-            hashes[path.name] = sha256(path)
-    return hashes
+    for pattern in ("config.json", "spiece.model", "*.index.json"):
+        hashes |= {path.name: sha256(path) for path in folder.glob(pattern)}
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            hashes[path.name] = sha256(file.read(min(size, 1 << 27)))
+    return hashes | {path.name: f"{path.stat().st_size} bytes" for path in folder.glob("*.bin")}
 
 
 def provenance(c: Config) -> dict:
@@ -367,19 +293,26 @@ def provenance(c: Config) -> dict:
     paths = {path for paths in input_files(c).values() for path in paths}
     described = {path.with_name("task.json") for path in paths if path.name == "train.jsonl"}
     paths |= set(filter(Path.is_file, described))
-    random = c.weights == "random"
-    try:
-        line = ["git", "rev-parse", "HEAD"]
-        git = subprocess.run(line, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # git is not installed
-        git = ""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    # Through a shell, which only warns where git is not installed.
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True)
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
     return {
         "data_sha256": {str(path): sha256(path) for path in sorted(paths)},
-        "weights_sha256": weights_hashes(HERE / "demo" if random else Path(c.weights)),
-        "git_sha": git or None,
-        "versions": {**versions, "numpy": np.__version__},
+        "weights_sha256": weights_hashes(weights_folder(c)),
+        "git_sha": git.stdout.decode().strip() or None,
+        "versions": {**versions, "torch": torch.__version__},
     }
+
+
+def read_run(out: Path) -> dict:
+    """Returns the folder's `run.json`; UserError where it is damaged."""
+    path = out / "run.json"
+    try:
+        run = json.loads(path.read_text())
+        Config(**run["config"])
+        return {key: run[key] for key in ("config", "argv", "data_sha256", "weights_sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or another version's: {error!r}") from None
 
 
 def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -> dict | None:
@@ -389,37 +322,53 @@ def open_run(c: Config, out: Path, about: dict, argv: list[str], resume: bool) -
     `provenance(c)`, `argv` the command line without the program. UserError if the folder holds
     another run, or an unfinished one without --resume.
     """
-    path = out / "run.json"
-    if not path.exists():
-        names = sorted(path.name for path in out.iterdir())
+    if not (out / "run.json").exists():
         # A start that was killed may have left a temporary file.
-        others = [name for name in names if name != ".lock" and not name.endswith(".tmp")]
+        others = [p.name for p in out.iterdir() if p.name != ".lock" and p.suffix != ".tmp"]
         if others:
             raise UserError(f"{out} is not a run but holds {others[0]!r}; give another --out")
-        write_json(path, {"config": asdict(c), "argv": argv, **about})
+        write_json(out / "run.json", {"config": asdict(c), "argv": argv, **about})
         return None
-    try:
-        run = json.loads(path.read_text())
-        before, data, weights = {**run["config"]}, run["data_sha256"], run["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}; give another --out") from None
-    differ = [f"{name} {before.get(name)!r} there, {value!r} here"
-              for name, value in asdict(c).items()
-              if name not in MAY_CHANGE and value != before.get(name)]  # fmt: skip
-    if data != about["data_sha256"]:
+    run = read_run(out)
+    before = run["config"]
+    differ = [
+        f"{name} {before.get(name)!r} there, {value!r} here"
+        for name, value in asdict(c).items()
+        if name not in MAY_CHANGE and value != before.get(name)
+    ]
+    if run["data_sha256"] != about["data_sha256"]:
         differ.append("the data files or their contents")
-    if weights != about["weights_sha256"]:
+    if run["weights_sha256"] != about["weights_sha256"]:
         differ.append("the contents of the weights or of the vocabulary")
     if differ:
-        differ = "; ".join(differ)
-        raise UserError(f"{out} is a run with other settings: {differ}; give another --out")
+        words = "; ".join(differ)
+        raise UserError(f"{out} is a run with other settings: {words}; give another --out")
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     if not resume:
-        raise UserError(
-            f"{out} holds an unfinished run; continue it with --resume, or give another --out"
-        )
+        raise UserError(f"{out} holds an unfinished run; add --resume, or give another --out")
     return None
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Renames a folder once all that is in it is on the disk, and replaces `folder`. A crash
+    between the two renames leaves FOLDER.old."""
+    for path in [*temporary.iterdir(), temporary]:
+        fsync(path)
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def save_student(
@@ -428,65 +377,47 @@ def save_student(
     """Replaces `folder` by a student that `eval.py` and `transformers` load.
 
     accuracy: on valid, 0 to 1. Rank 0 first. All ranks of a sharded model must call this, since
-    its weights are gathered from all. The new folder is on the disk before it replaces the old
-    one; `restore` repairs a crash between the two renames. OSError where the disk is full.
+    its weights are gathered from all. `best_so_far` repairs a crash. OSError where the disk is
+    full.
     """
-    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
-    first = rank_and_world()[0] == 0
+    temporary, first = folder.with_name(f"{folder.name}.tmp"), rank_and_world()[0] == 0
     if first:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    if c.parallel != "fsdp":
-        model.save_pretrained(temporary)
-    elif fills_shards(type(model)):
+    if fills_shards(type(model)):
         model.save_pretrained(temporary, first)
-    else:
-        with evaluation.replaced(model, lambda shard: shard.full_tensor()):
+    else:  # a fork's class writes whole parameters
+        sharded = c.parallel == "fsdp"
+        with evaluation.replaced(model, lambda p: p.full_tensor() if sharded else p):
             if first:
                 model.save_pretrained(temporary)
-    if not first:
-        return
-    tokenizer.save(temporary)
-    about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset, "step": step}
-    write_json(temporary / "dsbs.json", {**about, "valid_accuracy": accuracy})
-    (temporary / "README.md").write_text(model_card(c, step, accuracy))
-    for path in [*temporary.iterdir(), temporary]:
-        fsync(path)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if first:
+        tokenizer.save(temporary)
+        about = {"method": c.method, "prefixes": c.prefixes, "dataset": c.dataset, "step": step}
+        write_json(temporary / "dsbs.json", {**about, "valid_accuracy": accuracy})
+        (temporary / "README.md").write_text(model_card(c, step, accuracy))
+        publish(temporary, folder)
 
 
-def restore(folder: Path) -> None:
-    """Renames FOLDER.old back where a crash in `save_student` left no FOLDER."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
-
-
-def best_so_far(out: Path, state: dict) -> tuple[float, int]:
-    """Returns the validation accuracy (0 to 1) and the step of `best/`; (-1, 0) where none counts.
+def best_so_far(out: Path, state: dict) -> float:
+    """Returns the validation accuracy (0 to 1) of `best/`, or -1 where none counts.
 
     A student of a later step than `state` does not count: the run was killed between that
     evaluation and the next state, or an older state was put back; it evaluates that step again.
-    Repairs a crash in `save_student`. UserError where metrics.jsonl has an evaluation and `best/`
-    is gone.
+    Repairs a crash in `publish`. UserError where metrics.jsonl has an evaluation and `best/` is
+    gone.
     """
-    restore(out / "best")
-    path = out / "best" / "dsbs.json"
-    if path.exists():
-        about = json.loads(path.read_text())
-        if about["step"] <= state["step"]:
-            return about["valid_accuracy"], about["step"]
-    elif state["metrics_bytes"]:
+    best, old = out / "best", out / "best.old"
+    if old.exists() and not best.exists():
+        os.replace(old, best)
+    if best.exists():
+        about = json.loads((best / "dsbs.json").read_text())
+        return about["valid_accuracy"] if about["step"] <= state["step"] else -1.0
+    if state["step"]:
         logged = (out / "metrics.jsonl").read_bytes()[: state["metrics_bytes"]]
         if b'"valid_accuracy"' in logged:
-            raise UserError(f"{out / 'best'} is gone; bring it back, or start again with another "
-                            "--out")  # fmt: skip
-    return -1.0, 0
+            raise UserError(f"{best} is gone; bring it back, or start again with another --out")
+    return -1.0
 
 
 def model_card(c: Config, step: int, accuracy: float) -> str:
@@ -506,18 +437,6 @@ Trained with Distilling Step-by-Step (Hsieh et al., 2023, https://arxiv.org/abs/
 
 
 # -------------------------------------------------------------------------------------- state
-
-
-def fsync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def latest_state(out: Path) -> Path | None:
-    """The folder of the newest complete state, `state/step-N`; None where there is none yet."""
-    return max((out / "state").glob("step-*[0-9]"), default=None)
 
 
 def named_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
@@ -571,14 +490,12 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor], sharded: bool) -> Non
         dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
 
 
-def save_state(
-    c: Config, out: Path, step: int, model: nn.Module, optimizer, metrics_bytes: int
-) -> float:
+def save_state(c: Config, out: Path, step: int, model: nn.Module, optimizer) -> float:
     """Writes `state/step-N/` and removes the state before it. Returns the seconds that it took.
 
-    `metrics_bytes` is the size of `metrics.jsonl`. All ranks of a sharded model call this and write
-    their shards; otherwise rank 0 alone calls it. The folder gets its name after everything in it
-    is on the disk, so that a folder with that name is a complete state, whenever the power fails.
+    All ranks of a sharded model call this and write their shards; otherwise rank 0 alone calls it.
+    The folder gets its name after everything in it is on the disk, so that a folder with that name
+    is a complete state, whenever the power fails.
     """
     start, sharded, first = time.monotonic(), c.parallel == "fsdp", rank_and_world()[0] == 0
     root = out / "state"
@@ -592,19 +509,15 @@ def save_state(
         dist.barrier()
     save_tensors(temporary, named_tensors(model, optimizer), sharded)
     if first:
-        write_json(temporary / "state.json", {
-            "step": step, "metrics_bytes": metrics_bytes, "threads": torch.get_num_threads(),
-            "world": rank_and_world()[1],
-        })  # fmt: skip
-        for path in [*temporary.iterdir(), temporary]:
-            fsync(path)
-        os.replace(temporary, folder)
-        fsync(root)  # the rename is on the disk too: only now may the state before it go
-        for other in root.glob("step-*"):
+        metrics = out / "metrics.jsonl"
+        fsync(metrics)
+        facts = {"step": step, "metrics_bytes": metrics.stat().st_size}
+        facts |= {"threads": torch.get_num_threads(), "world": rank_and_world()[1]}
+        write_json(temporary / "state.json", facts)
+        publish(temporary, folder)
+        for other in root.glob("step-*"):  # only now may the state before it go
             if other != folder:
                 shutil.rmtree(other)
-    if sharded:
-        dist.barrier()
     return time.monotonic() - start
 
 
@@ -626,7 +539,8 @@ def load_state(c: Config, out: Path, model: nn.Module, optimizer) -> dict:
     there is no state yet, nothing changes: step and metrics_bytes are 0, world is None, and AdamW
     makes its moments in its first step.
     """
-    folder = from_rank_0(lambda: latest_state(out))
+    # The newest complete state; a save that was killed has left step-N.tmp.
+    folder = from_rank_0(lambda: max((out / "state").glob("step-*[0-9]"), default=None))
     if folder is None:
         return {"step": 0, "world": None, "metrics_bytes": 0}
     facts = json.loads((folder / "state.json").read_text())
@@ -648,8 +562,8 @@ def split_rationales(c: Config, split: str) -> str | list[str] | None:
     """
     given = c.rationales if isinstance(c.rationales, list) else []
     if split == "augment":
-        return [r for r in given if r not in NAMED]
-    source = next((r for r in given if r in NAMED), c.rationales)
+        return [r for r in given if r not in evaluation.NAMED]
+    source = next((r for r in given if r in evaluation.NAMED), c.rationales)
     unlabelled = c.labels == "teacher" and isinstance(source, list)
     needed = split == "train" or c.method == "rationale-input" or unlabelled
     return source if needed else None
@@ -672,21 +586,22 @@ def input_files(c: Config) -> dict[str, list[Path]]:
 def check_files(c: Config) -> None:
     """UserError that names all weights and data files that are missing, each with what fetches
     it, before anything is read."""
-    missing = []
-    if c.weights != "random" and not Path(c.weights).is_dir():
-        name = f"t5-v1_1-{c.size}"
-        missing.append(
-            f"--weights {c.weights} does not exist; fetch it with `hf download google/{name} "
-            f"--local-dir weights/{name}`, or allowed: another Hugging Face T5 folder, or random "
-            "(untrained)"
-        )
+    missing, name = [], f"t5-v1_1-{c.size}"
+    if not weights_folder(c).is_dir():
+        fetch = f"`hf download google/{name} --local-dir weights/{name}`"
+        missing.append(f"--weights {c.weights} does not exist; {fetch}; or allowed: random")
     for source, paths in input_files(c).items():
         lost = [str(path) for path in dict.fromkeys(paths) if not path.is_file()]
         if lost:
-            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            missing.append(f"{', '.join(lost[:3])}{more}: No such file; from {source}")
+            lost[3:] = ["..."] if len(lost) > 3 else []
+            missing.append(f"{', '.join(lost)}: No such file; from {source}")
     if missing:
         raise UserError("; and ".join(missing))
+
+
+def weights_folder(c: Config) -> Path:
+    """Where the run's weights and vocabulary are; the bundled vocabulary is random weights'."""
+    return DEMO_VOCABULARY.parent if c.weights == "random" else Path(c.weights)
 
 
 def augmenting(c: Config, counts: Counter) -> list[Example]:
@@ -715,9 +630,24 @@ class Data:
     rows: TokenRows
     ids: list[str]  # of the training examples, as numbered in `rows`
     valid: list[Example]
-    test: list[Example] | None
+    test: list[Example]  # empty where there is no test split
     majority: str  # the most frequent training label
     notes: list[str]  # lines for the user: counts of examples, rows, truncation
+
+
+def read_splits(c: Config, counts: Counter) -> dict[str, list[Example]]:
+    """Returns the examples of train, valid and test; none where there is no test split. Adds to
+    `counts` what is dropped from train. UserError where valid or test has no label to score."""
+    splits = {"test": []}
+    for split in ("train", "valid", "test"):
+        if split == "test" and not has_split(c.dataset, "test", c.data_root):
+            continue
+        source, dropped = split_rationales(c, split), counts if split == "train" else None
+        examples = load_dataset(c.dataset, split, c.data_root, source, dropped, c.augment)
+        if split != "train" and not any(e.label or e.teacher_label for e in examples):
+            raise UserError(f"no example of {split} has a label; give --rationales that answer it")
+        splits[split] = examples
+    return splits
 
 
 def prepare(c: Config) -> Data:
@@ -726,41 +656,23 @@ def prepare(c: Config) -> Data:
     Every rank does this for itself, with the same result. UserError where no training example has
     the wanted label, none has a rationale that the method needs, or valid or test has no label.
     """
-    folder = HERE / "demo" if c.weights == "random" else Path(c.weights)
-    tokenizer = evaluation.load_tokenizer(folder)
     counts = Counter()
-
-    def load(split: str, counts: Counter | None = None) -> list[Example]:
-        source = split_rationales(c, split)
-        return load_dataset(c.dataset, split, c.data_root, source, counts, c.augment)
-
-    # The splits; valid and test must have labels to score against.
-    everything, valid = load("train", counts), load("valid")
-    test = load("test") if has_split(c.dataset, "test", c.data_root) else None
-    for split, examples in (("valid", valid), ("test", test)):
-        if examples and set(evaluation.gold_labels(examples)[1]) == {None}:
-            raise UserError(f"no example of {split} has a label, neither human nor the teacher's: "
-                            "nothing to score; give --rationales with the teacher's answers to it, "
-                            "or a file with labels")  # fmt: skip
+    splits = read_splits(c, counts)
+    everything, valid, test = (splits[name] for name in ("train", "valid", "test"))
+    tokenizer = evaluation.load_tokenizer(weights_folder(c))
     # The examples to train on: a seeded fraction, with the wanted label.
     own = fraction_of(everything, c.fraction, [c.seed, 1])
     more = augmenting(c, counts) if c.augment else []
-    examples = own + more
-    usable = [e for e in examples if wanted_label(e, c.labels) is not None]
+    usable = [e for e in own + more if wanted_label(e, c.labels) is not None]
     if not usable:
-        raise UserError(
-            f"none of {len(examples)} training examples has a {c.labels} label; "
-            "give --rationales that carry teacher labels, or other --labels"
-        )
-    bare = sum(not e.rationale for e in usable)
-    if c.method != "standard" and bare == len(usable):
-        raise UserError(
-            f"--method {c.method} needs rationales and no training example has one; "
-            "give --rationales, or --method standard"
-        )
-    gold = [e.label for e in everything + valid + (test or [])]
-    labels = [*gold, *(wanted_label(e, c.labels) for e in usable)]
-    warnings = check_labels(get_task(c.dataset), tokenizer, labels, [e.input for e in everything])
+        raise UserError(f"no training example has a {c.labels} label; see --labels, --rationales")
+    bare = sum(not e.rationale for e in usable) if c.method != "standard" else 0
+    if bare == len(usable):
+        raise UserError(f"--method {c.method} needs rationales, no example has any: --rationales")
+    gold = [e.label for e in everything + valid + test]
+    wanted = [wanted_label(e, c.labels) for e in usable]
+    inputs = [e.input for e in everything]
+    warnings = check_labels(get_task(c.dataset), tokenizer, gold + wanted, inputs)
     # One row for each example and task, as token ids; and what a user should know about them.
     made = make_rows(usable, c.method, c.labels, c.prefixes, c.dataset)
     rows = tokenize_rows(made, tokenizer)
@@ -768,25 +680,25 @@ def prepare(c: Config) -> Data:
     unknown = " ".join(unknown_characters(texts, tokenizer))
 
     def share(part: int, whole: int) -> str:
-        return f"{part:,} ({100 * part / max(whole, 1):.2f} %)"
+        return f"{part:,} ({100 * part / whole:.2f} %)"
 
     notes = [
         f"data: {c.dataset}, {len(own):,} of {len(everything):,} training examples "
-        f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test or []):,} test"
+        f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test):,} test"
         + (f"; {len(more):,} of {c.augment} with the teacher's labels" if more else ""),
-        f"left out, no {c.labels} label: {len(examples) - len(usable):,}; "
-        f"without rationale: {bare if c.method != 'standard' else 0:,}; "
+        f"left out, no {c.labels} label: {len(own + more) - len(usable):,}; "
+        f"without rationale: {bare:,}; "
         f"teacher labels outside the set: {counts['teacher_labels_dropped']:,}; "
         f"teacher answers without an example: {counts['teacher_ids_unmatched']:,}",
-        f"rows: {len(made):,}; truncated sources {share(rows.truncated_sources, len(made))}, "
-        f"targets {share(rows.truncated_targets, len(made))}; "
+        f"rows: {len(rows):,}; truncated sources {share(rows.truncated_sources, len(rows))}, "
+        f"targets {share(rows.truncated_targets, len(rows))}; "
         f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}"
         + (f", above all of {unknown}" if unknown else ""),
         *warnings,
     ]
     if counts["labels_stripped"]:
         notes.append(f"warning: space around {counts['labels_stripped']:,} labels was cut")
-    majority = Counter(wanted_label(e, c.labels) for e in usable).most_common(1)[0][0]
+    majority = Counter(wanted).most_common(1)[0][0]
     return Data(tokenizer, rows, [e.id for e in usable], valid, test, majority, notes)
 
 
@@ -811,7 +723,7 @@ def build_model(c: Config, tokenizer: Tokenizer) -> nn.Module:
             config = untrained or student.read_config(folder)
             with torch.device("meta"):
                 model = student(config)
-            parallelize(model, c).to_empty(device=own_device(c))
+            parallelize(model, c).to_empty(device=torch.device(c.device))
             if random:
                 model.init_weights(c.seed)
             else:
@@ -835,22 +747,15 @@ def check_size(c: Config, model: nn.Module, tokenizer: Tokenizer) -> None:
     from v1.1's, by less than a factor of two."""
     with torch.device("meta"):
         config = evaluation.untrained_config(c.size, tokenizer.vocab_size)
-        expected = parameters(type(model)(config))
-    if not expected / 2 <= parameters(model) <= 2 * expected:
-        raise UserError(
-            f"--size {c.size} has about {expected:,} parameters, and --weights {c.weights} "
-            f"{parameters(model):,}; give the size of these weights, or weights of this size"
-        )
+        expected, found = parameters(type(model)(config)), parameters(model)
+    if not expected / 2 <= found <= 2 * expected:
+        found = f"--weights {c.weights} has {found:,} parameters"
+        raise UserError(f"{found}, but --size {c.size} about {expected:,}; give its own size")
 
 
 def fills_shards(student: type[nn.Module]) -> bool:
     """Can this class read and write a sharded model's weights, as T5 does?"""
     return hasattr(student, "load_weights")
-
-
-def own_device(c: Config) -> torch.device:
-    """Returns this process's device: the CPU, or the GPU that `eval.processes` made current."""
-    return torch.device(c.device, torch.cuda.current_device() if c.device == "cuda" else None)
 
 
 def parallelize(model: nn.Module, c: Config) -> nn.Module:
@@ -908,31 +813,18 @@ def recompute(block: nn.Module) -> None:
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-class Signals:
-    """Notes the first signal that asks the run to stop; the loop then saves and stops.
-
-    `got` is its number, or 0. A second Ctrl-C, more than a second later, exits at once and saves
-    nothing. A signal that is ignored at the start (nohup) stays ignored. Slurm can send SIGUSR1.
-    """
-
-    def __init__(self) -> None:
-        self.got, self.time = 0, 0.0
-
-    def __enter__(self) -> "Signals":
-        caught = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
-        self.before = {s: signal.signal(s, self.note) for s in caught}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Collects the numbers of the signals that ask the run to stop; the loop then saves and stops.
+    One that is ignored at the start (nohup) stays ignored."""
+    got = []
+    caught = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, lambda number, _: got.append(number)) for s in caught}
+    try:
+        yield got
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def note(self, number: int, _) -> None:
-        # A terminal's Ctrl-C comes twice under torchrun, within a second; a later one is a user's.
-        if self.got == number == signal.SIGINT and time.monotonic() - self.time > 1:
-            os._exit(128 + number)
-        if not self.got:
-            self.got, self.time = number, time.monotonic()
 
 
 def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -941,14 +833,6 @@ def to_tensors(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str,
     if device.type == "cuda":
         tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
     return {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
-
-
-def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
-    """(B, T) labels, -100 where there is none -> (B, T) ids: the start token, then the labels but
-    the last, PAD for -100. The ids are those that the student's own `generate` uses; 0 is T5's."""
-    config = getattr(getattr(model, "module", model), "config", None)  # DDP wraps the model
-    ids = [getattr(config, name, 0) for name in ("decoder_start_token_id", "pad_token_id")]
-    return shift_right(labels, *ids)
 
 
 def forward_backward(
@@ -961,11 +845,36 @@ def forward_backward(
     micro-batch adds to each task's loss of the step, and to their weighted sum L (Eq. 3).
     """
     labels = batch["labels"]
-    with autocast(counts.device, c.precision):
-        logits = model(batch["input_ids"], batch["attention_mask"], decoder_inputs(model, labels))
+    # The decoder's input: the start token, then the labels but the last, PAD for -100. The ids are
+    # those that the student's own `generate` uses, T5's 0 where it names none; DDP wraps the model.
+    config = getattr(getattr(model, "module", model), "config", None)
+    ids = [getattr(config, name, 0) for name in ("decoder_start_token_id", "pad_token_id")]
+    with evaluation.autocast(counts.device, c.precision):
+        logits = model(batch["input_ids"], batch["attention_mask"], shift_right(labels, *ids))
     losses = multitask_loss(logits, labels, batch["tasks"], counts, c.lam)
     (losses.total * scale).backward()
     return torch.cat([losses.each, losses.total[None]]).detach()
+
+
+def own_batches(c: Config, rows: TokenRows, row_ids: np.ndarray, device: torch.device) -> list:
+    """Divides a step's rows into micro-batches; returns this rank's, as arrays of rows' numbers.
+    Every rank computes the same division."""
+    rank, world = rank_and_world()
+    lengths = [round_up(x, evaluation.MULTIPLE[device.type]) for x in rows.lengths(row_ids)]
+    limits = c.micro_tokens, world, OVERHEAD[device.type]
+    batches = micro_batches(*lengths, rows.tasks[row_ids], *limits)
+    return [row_ids[members] for members in batches[rank]]
+
+
+def begin_step(optimizer, c: Config, step: int) -> float:
+    """Sets and returns the learning rate, and sets the seed of dropout. Both follow from the step
+    (and the rank), so that a resumed run has the same."""
+    lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    seed = np.random.SeedSequence([c.seed, step, rank_and_world()[0]])
+    torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+    return lr
 
 
 def train_step(
@@ -974,48 +883,36 @@ def train_step(
     """Runs one optimizer step, `step` from 0; `stop` is the signal that this rank got, or 0.
 
     Returns a line of `metrics.jsonl`, and the signal that any rank got, or 0. The line: step (from
-    1); each task's loss and their weighted sum, in nats a target token, over all ranks; lr; norm of
-    the gradient before clipping; examples and tokens (unpadded) a second, over all ranks; memory.
-    RunError on all ranks where the loss or the norm is not finite; then nothing has changed.
+    1); each task's loss and their weighted sum, in nats a target token; lr; norm of the gradient
+    before clipping; examples and tokens (unpadded) a second; memory. All but the last are over all
+    ranks. RunError on all where the loss or norm is not finite; then nothing has changed.
     """
-    start, rows = time.monotonic(), data.rows
-    (rank, world), n = rank_and_world(), len(TARGETS)
-
-    # The step's rows, and this rank's micro-batches. Every rank computes the same division.
+    start, rows, n = time.monotonic(), data.rows, len(TARGETS)
+    world, lr = rank_and_world()[1], begin_step(optimizer, c, step)
     examples = step_examples(rows.n_examples, c.batch_size, c.seed, step)
     row_ids = rows.rows_of(examples)  # of each example its rows of all tasks
-    tasks, multiple = rows.tasks[row_ids], evaluation.MULTIPLE[device.type]
-    sources, targets = rows.lengths(row_ids)
-    lengths = round_up(sources, multiple), round_up(targets, multiple)
-    overhead = OVERHEAD[device.type]
-    batches = micro_batches(*lengths, tasks, c.micro_tokens, world, overhead)[rank]
+    batches = own_batches(c, rows, row_ids, device)
+    tasks, (sources, targets) = rows.tasks[row_ids], rows.lengths(row_ids)
 
-    # What must be known before the first backward pass, copied to the device at once.
-    uploaded = to_tensors({
-        # Each task's target tokens in the whole step: the denominators of Eq. 1 and 4.
+    # What must be known before the first backward pass, copied to the device at once. counts: each
+    # task's target tokens in the whole step, the denominators of Eq. 1 and 4. sums: over ranks,
+    # each task's loss, L, and how many ranks got each signal.
+    arrays = {
         "counts": np.array([targets[tasks == task].sum() for task in range(n)]),
-        # Summed over ranks: each task's loss, L, and how many ranks got each signal.
         "sums": np.float32([0] * (n + 1) + [stop == number for number in STOPPING]),
-    }, device)  # fmt: skip
-    counts, sums = uploaded["counts"], uploaded["sums"]
+    }
+    counts, sums = to_tensors(arrays, device).values()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    # Learning rate and dropout follow from the step alone, so a resumed run has the same.
-    lr = c.lr * (1 - step / c.steps)  # linear to 0, no warm-up
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    dropout_seed = np.random.SeedSequence([c.seed, step, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(dropout_seed[0]))
-
     # Forward and backward; gradients add up over the micro-batches.
     for i, members in enumerate(batches):
-        batch = to_tensors(collate(rows, row_ids[members], multiple), device)
+        batch = collate(rows, members, evaluation.MULTIPLE[device.type])
         # The loss is one sum over all ranks, and DDP and FSDP average gradients: times world. DDP
         # averages once, in the last micro-batch; FSDP in each, since it keeps only shards.
         wait = c.parallel == "ddp" and i < len(batches) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
-            sums[: n + 1] += forward_backward(model, batch, counts, c, world)
+            sums[: n + 1] += forward_backward(model, to_tensors(batch, device), counts, c, world)
 
     # Sums over the ranks, the clipped norm, and one look at all of it.
     if world > 1:
@@ -1028,8 +925,7 @@ def train_step(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunError(
             f"step {step + 1}: loss {loss}, gradient norm {grad_norm} is not finite; its examples: "
-            f"{', '.join(data.ids[i] for i in examples)}. This step changed nothing; lower --lr or "
-            "correct the examples"
+            f"{', '.join(data.ids[i] for i in examples)}; lower --lr or correct them"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -1048,62 +944,46 @@ def memory_figures(device: torch.device) -> dict[str, int]:
     """Bytes: of the step on a GPU, also what torch's allocator reserved for it; of the process so
     far (its resident set) on a CPU."""
     if device.type == "cuda":
-        return {
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
-            "reserved_memory_bytes": torch.cuda.max_memory_reserved(device),
-        }
+        peak, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+        return {"peak_memory_bytes": peak(device), "reserved_memory_bytes": reserved(device)}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
-def log_line(c: Config, m: dict, seconds_left: float) -> str:
-    """One line for people; `metrics.jsonl` has every step."""
-    return (
-        f"step {m['step']}/{c.steps}  label {m['label_loss']:.4f}  rationale "
-        f"{m['rationale_loss']:.4f}  lr {m['lr']:.2e}  norm {m['grad_norm']:.2f}  "
-        f"{m['examples_per_second']:.0f} examples/s  {m['tokens_per_second']:.0f} tokens/s  "
-        f"{m['peak_memory_bytes'] / 2**30:.2f} GiB  left {timedelta(seconds=int(seconds_left))}"
-    )
-
-
 def first_lines(c: Config, data: Data, model: nn.Module, done: int) -> str:
-    """What a run prints before its first step: data, model, steps, disk space. All is float32: a
-    state has weights and two moments, 12 bytes a parameter, a student 4."""
-    size = parameters(model)
+    """What a run prints before its first step: data, model, steps, cost. All is float32: a state
+    has weights and two moments, 12 bytes a parameter, a student 4."""
+    size, world = parameters(model), rank_and_world()[1]
     epochs = c.steps * c.batch_size / data.rows.n_examples
+    more = f"; continuing after step {done}" if done else ""
+    evaluations = -(-c.steps // c.eval_every)
     return "\n".join(data.notes) + (
-        f"\nmodel: {c.weights} ({c.size}), {size:,} parameters; {c.precision} on "
-        f"{rank_and_world()[1]} x {c.device}, {c.parallel}; {torch.get_num_threads()} threads\n"
+        f"\nmodel: {c.weights} ({c.size}), {size:,} parameters; {c.precision} on {world} x "
+        f"{c.device}, {c.parallel}; {torch.get_num_threads()} threads\n"
         f"steps: {c.steps:,} of {c.batch_size} examples ({epochs:.1f} epochs), micro-batches of at "
-        f"most {c.micro_tokens:,} tokens; valid every {c.eval_every}, state every {c.save_every}"
-        + (f"; continuing after step {done}" if done else "")
-        + f"\ndisk: a state {12 * size / 1e6:,.0f} MB, best and last "
-        f"{4 * size / 1e6:,.0f} MB each\n"
-        f"cost: {-(-c.steps // c.eval_every):,} evaluations of {len(data.valid):,} examples, "
-        f"at least {-(-c.steps // c.save_every):,} saved states; training waits for each"
+        f"most {c.micro_tokens:,} tokens{more}\n"
+        f"cost: {evaluations:,} evaluations of {len(data.valid):,} examples, a state of "
+        f"{12 * size / 1e6:,.0f} MB every {c.save_every} steps, best and last "
+        f"{4 * size / 1e6:,.0f} MB each; training waits for each"
     )
 
 
-def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) -> None:
-    """Trains from the newest state, or from the start, to the last step.
+def train(c: Config, out: Path, data: Data, student: Student) -> None:
+    """Trains the student's model from the newest state, or from the start, to the last step.
 
-    Moves `model` to the device and changes it; writes `state/`, `metrics.jsonl`, `best/` and
-    `last/` in `out`. After a signal to any rank it saves and raises Interrupted on all. RunError
-    where a loss or gradient is not finite; UserError where `best/` is gone.
+    Changes the model; writes `state/`, `metrics.jsonl`, `best/` and `last/` in `out`. After a
+    signal to any rank it saves and raises Interrupted on all. RunError where a loss or gradient is
+    not finite; UserError where `best/` is gone.
     """
-    rank, world = rank_and_world()
-    device = own_device(c)
-    model = model.to(device).train()
+    (rank, world), model, device = rank_and_world(), student.model.train(), student.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=0.0, fused=True)
     state = load_state(c, out, model, optimizer)
-    best, _ = from_rank_0(lambda: best_so_far(out, state))
+    best = from_rank_0(lambda: best_so_far(out, state))
     step = began_at = state["step"]
     if world == state["world"]:
         torch.set_num_threads(state["threads"])  # another number would give other bits
     saves = c.parallel == "fsdp" or rank == 0  # each rank of a sharded model saves its shards
     print0(first_lines(c, data, model, step))
-    student = Student(model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision)
-    student.interrupted = lambda: signals.got
     # FSDP has sharded the model already. DDP's wrapper is for training alone: students and states
     # are saved from the model in it.
     wrapped = model if c.parallel == "fsdp" else parallelize(model, c)
@@ -1115,18 +995,17 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
         forward_backward(wrapped, batch, torch.ones(len(TARGETS), device=device), c, world)
         model.zero_grad(set_to_none=True)
 
-    metrics_file = open(out / "metrics.jsonl", "ab") if rank == 0 else None  # noqa: SIM115
-    if metrics_file:  # lines after the state belong to steps that run again
-        metrics_file.truncate(state["metrics_bytes"])
-
     def log(row: dict) -> None:
-        if metrics_file:
-            metrics_file.write(json.dumps(row).encode() + b"\n")
-            metrics_file.flush()
+        if rank == 0:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
 
-    bar = tqdm(total=c.steps, initial=step, disable=rank > 0 or not sys.stderr.isatty())
+    if rank == 0:  # lines after the state belong to steps that run again
+        with open(out / "metrics.jsonl", "ab") as file:
+            file.truncate(state["metrics_bytes"])
     began, shown = time.monotonic(), -math.inf
-    with bar:
+    # disable=None shows the bar only on a terminal.
+    with tqdm(total=c.steps, initial=step, disable=rank > 0 or None) as bar:
         while True:
             # Evaluate if it is due, and write best/ if the student has improved.
             evaluates = step % c.eval_every == 0 or step == c.steps
@@ -1146,64 +1025,53 @@ def train(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) 
                 break
 
             # Train one step.
-            metrics, stop = train_step(wrapped, optimizer, c, data, step, device, signals.got)
+            got = next(iter(student.signals), 0)
+            metrics, stop = train_step(wrapped, optimizer, c, data, step, device, got)
             step += 1
             log(metrics)
             bar.update()
             if time.monotonic() - shown > 10 or step == c.steps:
                 shown = time.monotonic()
                 left = (shown - began) / (step - began_at) * (c.steps - step)
-                print0(log_line(c, metrics, left))
+                figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+                print0(figures, f" left {timedelta(seconds=int(left))}")
 
             # Save the state if it is due: also before an evaluation, which a signal may end.
             due = step % c.save_every == 0 or step % c.eval_every == 0 or step == c.steps or stop
             if due and saves:
-                written = 0
-                if metrics_file:
-                    fsync(out / "metrics.jsonl")
-                    written = metrics_file.tell()  # a line was just written: this is the file's end
-                seconds = save_state(c, out, step, model, optimizer, written)
+                seconds = save_state(c, out, step, model, optimizer)
                 if c.parallel == "fsdp" or seconds > 10:
                     print0(f"state of step {step} saved in {seconds:.1f} s")
             if stop:
                 if world > 1:
                     dist.barrier()  # all ranks exit together, once rank 0 has saved
                 raise Interrupted(stop)
-    if metrics_file:
-        metrics_file.close()
     if saves:
         save_student(c, model, data.tokenizer, out / "last", c.steps, accuracy)
 
 
-def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals) -> dict:
+def finish(c: Config, out: Path, data: Data, student: Student) -> dict:
     """Scores the best student on test, once, and writes `predictions.jsonl` and `result.json`."""
-    rank, world = rank_and_world()
-    device, best = own_device(c), out / "best"
+    (rank, world), model, best = rank_and_world(), student.model, out / "best"
     if world > 1:
         dist.barrier()  # best/ is written
     if c.parallel == "fsdp" and fills_shards(type(model)):
         model.load_weights(best)
-        student = Student(
-            model, data.tokenizer, c.method, c.prefixes, c.dataset, device, c.precision
-        )
     else:
-        student = evaluation.load_student(best, device, c.precision)
-    student.interrupted = lambda: signals.got
+        student.model = evaluation.load_model(best).to(student.device)
     summary = {"accuracy": None, "n": 0}
-    if data.test is not None:
+    if data.test:
         summary, rows = evaluation.evaluate(student, data.test, progress="test")
         if rank == 0:
             write_jsonl(out / "predictions.jsonl", rows)
     # The rival that always gives the most frequent training label, on the split that is scored.
-    kind, gold = evaluation.gold_labels(data.valid if data.test is None else data.test)
-    scored = [label for label in gold if label is not None]
-    task = get_task(c.dataset)
-    hits = sum(is_correct(task, data.majority, label) for label in scored)
+    scored = data.test or data.valid
+    rival, _ = evaluation.score(get_task(c.dataset), [data.majority] * len(scored), scored)
     about = json.loads((best / "dsbs.json").read_text())
     result = {
         "valid_accuracy": about["valid_accuracy"], "test_accuracy": summary["accuracy"],
-        "n_test": summary["n"], "best_step": about["step"], "labels": kind,
-        "majority_accuracy": hits / len(scored), "parameters": parameters(model),
+        "n_test": summary["n"], "best_step": about["step"], "labels": rival["labels"],
+        "majority_accuracy": rival["accuracy"], "parameters": parameters(model),
         **{key: getattr(c, key) for key in ("dataset", "size", "method", "fraction", "seed")},
     }  # fmt: skip
     if rank == 0:
@@ -1213,19 +1081,15 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
 
 def show_result(c: Config, out: Path, result: dict) -> None:
     """The last lines of a run: what came out, where it is, how to use it."""
-    test = result["test_accuracy"]
+    test, n = result["test_accuracy"], result["n_test"]
+    test = "none: no test split" if test is None else f"{test:.4f} ({n} {result['labels']} labels)"
+    explain = " --explain" if METHODS[c.method].explains else ""
     print0(
-        f"valid accuracy {result['valid_accuracy']:.4f} (best of all evaluations, step "
-        f"{result['best_step']})\n"
-        + (
-            f"test accuracy  {test:.4f} ({result['n_test']} examples, {result['labels']} labels; "
-            if test is not None
-            else "test accuracy  none: the data set has no test split ("
-        )
-        + f"the most frequent training label alone: {result['majority_accuracy']:.4f})\n"
+        f"valid accuracy {result['valid_accuracy']:.4f} (the best, of step {result['best_step']})\n"
+        f"test accuracy  {test}; the most frequent training label alone: "
+        f"{result['majority_accuracy']:.4f}\n"
         f"the student is in {out / 'best'}; use it with\n"
-        f"  python eval.py {out / 'best'} --predict inputs.txt"
-        + (" --explain" if METHODS[c.method].explains else "")
+        f"  python eval.py {out / 'best'} --predict inputs.txt{explain}"
     )
 
 
@@ -1234,93 +1098,90 @@ def show_result(c: Config, out: Path, result: dict) -> None:
 
 def add_flag(parser: argparse.ArgumentParser, setting: Field) -> None:
     """The flag of one field of Config; its type follows from the annotation."""
-    kinds = [setting.type, *get_args(setting.type)]
-    how = {"type": next((kind for kind in (int, float) if kind in kinds), str)}
-    if bool in kinds:
-        how = {"action": argparse.BooleanOptionalAction}
-    elif list[str] in kinds:
-        how = {"nargs": "+"}
-    name = setting.name.replace("_", "-")
-    parser.add_argument(f"--{name}", help=setting.metadata["help"], **how)
+    name, default = setting.name, setting.default
+    help, allowed = setting.metadata["help"], setting.metadata["allowed"]
+    if not isinstance(allowed, str) and allowed:
+        help += f": {', '.join(allowed)}"
+    if name in RECIPES["tiny"]:
+        default = ", ".join(f"{recipe[name]} ({size})" for size, recipe in RECIPES.items())
+    if default is not None:
+        help += f"; default {default}"
+    # The first of `int | None`, or the type itself.
+    kind = (get_args(setting.type) or [setting.type])[0]
+    how = {bool: {"action": argparse.BooleanOptionalAction}, list[str]: {"nargs": "+"}}
+    how = how.get(kind, {"type": kind})
+    flag = f"--{name.replace('_', '-')}"
+    parser.add_argument(flag, default=argparse.SUPPRESS, help=help, **how)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The flags that were given, and no others: `Config` and `resolve` know the defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS
-    )
+    """Config's flags, those alone that were given (`resolve` knows the defaults), and the flags of
+    this command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for setting in fields(Config):
         add_flag(parser, setting)
     add = parser.add_argument
-    add("--timeout", type=float, help="seconds that processes wait for each other; default 600")
+    help = "seconds that processes wait for each other; default 600"
+    add("--timeout", type=float, default=evaluation.TIMEOUT, help=help)
     add("--plan", action="store_true", help="print memory, steps and time; train nothing")
-    add("--gpus", type=int, help="with --plan; default 1")
+    add("--gpus", type=int, default=1, help="with --plan; default 1")
     add("--json", action="store_true", help="with --plan: print one JSON object")
-    add("--out", help="run folder; default runs/ and a name made of the settings")
+    add("--out", type=Path, help="run folder; default runs/ and a name made of the settings")
     add("--resume", action="store_true", help="continue the run folder, or start it")
     return parser.parse_args(argv)
 
 
-def remembered(given: dict, out: str | None, resume: bool) -> dict:
-    """Returns `given`, with the flags that were not given taken from OUT/run.json.
-
-    It does so only with --resume, --out and a run.json. `parallel` is not taken from it, since the
-    number of processes may have changed. Every rank reads the file: there is no process group yet.
-    UserError where it cannot be used.
-    """
-    path = Path(out or "", "run.json")
-    if not (resume and out and path.exists()):
-        return given
-    try:
-        before = json.loads(path.read_text())["config"]
-        given = {k: v for k, v in before.items() if k != "parallel"} | given
-        Config(**given)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is damaged, or another version's: {error!r}") from None
-    return given
+def config_flags(args: argparse.Namespace) -> dict:
+    """Those of the flags that are fields of Config."""
+    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
 
 
-def run(given: dict, argv: list[str], out: str | None, resume: bool, sized: bool) -> int:
+def run(given: dict, args: argparse.Namespace, argv: list[str]) -> int:
     """Trains and scores a run, or shows a finished one; returns 0, or 128 + n after signal n.
 
-    given: the flags that were given, by Config's names. argv: the command line, for run.json.
-    sized: was --size given?
+    given: the settings that were given, or that run.json has, by Config's names. args and argv: the
+    command line, parsed and not.
     UserError, RunError and OSError where the run cannot be started or continued.
     """
     c = resolve(Config(**given))
     check_files(c)
-    out = Path(out or run_name(c))
+    out = args.out or Path(run_name(c))
     with contextlib.ExitStack() as held:
 
         def claim() -> dict | None:
             about = provenance(c)
             held.enter_context(lock(out / ".lock"))
-            return open_run(c, out, about, argv, resume)
+            return open_run(c, out, about, argv, args.resume)
 
         # An existing folder is checked before the data are read, which may take minutes; a new one
         # is made after that, so that a mistake in the data makes no folder.
         exists = from_rank_0((out / "run.json").exists)
         result = from_rank_0(claim) if exists else None
         if result:
-            first = from_rank_0(lambda: json.loads((out / "run.json").read_text())["argv"])
-            again = command(*(word for word in first if word != "--resume"), "--out", f"{out}-2")
+            first = [word for word in read_run(out)["argv"] if word != "--resume"]
+            again = command(*first, "--out", f"{out}-2")
             print0(f"{out} is finished; to repeat it elsewhere:\n  {again}")
         else:
             data = prepare(c)
             model = build_model(c, data.tokenizer)
-            if sized and c.weights != "random" and hasattr(type(model), "untrained_config"):
+            if hasattr(args, "size") and c.weights != "random":
                 check_size(c, model, data.tokenizer)
             if not exists:
                 from_rank_0(claim)
             print0(f"run folder: {out}")
-            signals = held.enter_context(Signals())
+            device, signals = torch.device(c.device), held.enter_context(noted_signals())
+            about = c.method, c.prefixes, c.dataset
+            student = Student(
+                model.to(device), data.tokenizer, *about, device, c.precision, signals
+            )
             try:
-                train(c, out, data, model, signals)
-                result = finish(c, out, data, model, signals)
+                train(c, out, data, student)
+                result = finish(c, out, data, student)
             except Interrupted as stop:
-                print0(f"stopped by signal {stop.number}; the state is saved; continue with\n"
-                       f"  {command('--out', str(out), '--resume')}")  # fmt: skip
-                return 128 + stop.number
+                (number,) = stop.args
+                again = command("--out", str(out), "--resume")
+                print0(f"stopped by signal {number}; the state is saved; go on:\n  {again}")
+                return 128 + number
         show_result(c, out, result)
     return 0
 
@@ -1329,33 +1190,34 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 2 for a user's mistake, 1 for a run that
     could not continue, 128 + n after signal n. Errors are printed as one line."""
     argv = sys.argv[1:] if argv is None else argv
-    given = vars(parse_args(argv))
-    out, resume = given.pop("out", None), given.pop("resume", False)
-    timeout, only_plan = given.pop("timeout", evaluation.TIMEOUT), given.pop("plan", False)
-    gpus, as_json = given.pop("gpus", None), given.pop("json", False)
+    args = parse_args(argv)
 
     def program() -> int:
-        if only_plan:
+        given = config_flags(args)
+        if args.plan:
             from scripts import plan
 
-            return plan.run(given, 1 if gpus is None else gpus, as_json)
-        if gpus is not None or as_json:
+            return plan.run(given, args.gpus, args.json)
+        if args.gpus != 1 or args.json:
             raise UserError("--gpus and --json are for --plan; processes are torchrun's to start")
-        if not 0 < timeout < 10**7:
-            raise UserError(f"--timeout {timeout}: must be a positive number of seconds")
-        settings = remembered(given, out, resume)
+        if not 0 < args.timeout < 10**7:
+            raise UserError(f"--timeout {args.timeout}: must be a positive number of seconds")
+        if args.resume and args.out and (args.out / "run.json").exists():
+            before = read_run(args.out)["config"]  # by each rank: there is no process group yet
+            before.pop("parallel")  # the number of processes may have changed
+            given = before | given
         try:
-            with processes(choose_device(settings.get("device")), timeout):
-                return run(settings, argv, out, resume, "size" in given)
+            device = evaluation.choose_device(given.get("device"))
+            with evaluation.processes(device, args.timeout):
+                return run(given, args, argv)
         except (OSError, SafetensorError) as error:  # a full disk, above all
-            more = "solve this, then repeat the command with --resume; saved states are kept"
-            raise RunError(f"{error}; {more}") from None
+            raise RunError(f"{error}; solve this, then repeat the command with --resume") from None
 
-    return exit_status(program)
+    return evaluation.exit_status(program)
 
 
 if __name__ == "__main__":
     # scripts/plan.py imports this file as `train`. Run that module, so that each class exists once.
     from importlib import import_module
 
-    exit_process(import_module("train").main())
+    evaluation.exit_process(import_module("train").main())
