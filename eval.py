@@ -246,7 +246,8 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, folder: str | os.PathLike
     """UserError unless a model's config has room for its vocabulary and the same special ids: the
     config's are those that training and generation use. A fork may have no such config."""
     config, size = getattr(model, "config", None), tokenizer.vocab_size
-    if (rows := getattr(config, "vocab_size", size)) < size:
+    rows = getattr(config, "vocab_size", size)
+    if rows < size:
         raise UserError(f"{folder}: vocab_size {rows} is smaller than its vocabulary, {size}")
     pad = tokenizer.pad_id
     wanted = {"decoder_start_token_id": pad, "pad_token_id": pad}

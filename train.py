@@ -856,14 +856,15 @@ def forward_backward(
     return torch.cat([losses.each, losses.total[None]]).detach()
 
 
-def own_batches(c: Config, rows: TokenRows, row_ids: np.ndarray, device: torch.device) -> list:
-    """Divides a step's rows into micro-batches; returns this rank's, as arrays of rows' numbers.
-    Every rank computes the same division."""
-    rank, world = rank_and_world()
-    lengths = [round_up(x, evaluation.MULTIPLE[device.type]) for x in rows.lengths(row_ids)]
-    limits = c.micro_tokens, world, OVERHEAD[device.type]
-    batches = micro_batches(*lengths, rows.tasks[row_ids], *limits)
-    return [row_ids[members] for members in batches[rank]]
+def divide(
+    c: Config, rows: TokenRows, row_ids: np.ndarray, device: str, world: int
+) -> list[list[np.ndarray]]:
+    """Divides a step's rows into micro-batches: for each rank arrays of rows' numbers, equally many
+    for all. Every rank computes the same division. device: cpu or cuda."""
+    lengths = [round_up(x, evaluation.MULTIPLE[device]) for x in rows.lengths(row_ids)]
+    tasks = rows.tasks[row_ids]
+    ranks = micro_batches(*lengths, tasks, c.micro_tokens, world, OVERHEAD[device])
+    return [[row_ids[members] for members in batches] for batches in ranks]
 
 
 def begin_step(optimizer, c: Config, step: int) -> float:
@@ -888,10 +889,10 @@ def train_step(
     ranks. RunError on all where the loss or norm is not finite; then nothing has changed.
     """
     start, rows, n = time.monotonic(), data.rows, len(TARGETS)
-    world, lr = rank_and_world()[1], begin_step(optimizer, c, step)
+    (rank, world), lr = rank_and_world(), begin_step(optimizer, c, step)
     examples = step_examples(rows.n_examples, c.batch_size, c.seed, step)
     row_ids = rows.rows_of(examples)  # of each example its rows of all tasks
-    batches = own_batches(c, rows, row_ids, device)
+    batches = divide(c, rows, row_ids, device.type, world)[rank]
     tasks, (sources, targets) = rows.tasks[row_ids], rows.lengths(row_ids)
 
     # What must be known before the first backward pass, copied to the device at once. counts: each

@@ -32,11 +32,10 @@ from data import (
     Tokenizer,
     TokenRows,
     UserError,
-    micro_batches,
     round_up,
     step_examples,
 )
-from eval import LABEL_TOKENS, MAX_TOKENS, MULTIPLE, ready
+from eval import LABEL_TOKENS, MAX_TOKENS, MULTIPLE, autocast, ready, shown_to_user
 from t5 import T5, T5Config
 
 GIB = 2**30
@@ -128,12 +127,8 @@ def simulate(c: train.Config, config: T5Config, gpus: int, sources: int, targets
 
 def fake_batch(rows: int, sources: int, targets: int) -> dict[str, Tensor]:
     """A micro-batch of rows of equal length; under FakeTensorMode it has no contents."""
-    shapes = {
-        "input_ids": (rows, sources),
-        "attention_mask": (rows, sources),
-        "labels": (rows, targets),
-        "tasks": (rows,),
-    }
+    shapes = {"input_ids": (rows, sources), "attention_mask": (rows, sources)}
+    shapes |= {"labels": (rows, targets), "tasks": (rows,)}
     return {name: torch.empty(shape, dtype=torch.long) for name, shape in shapes.items()}
 
 
@@ -154,7 +149,7 @@ def peak_in_evaluation(tracker: MemTracker, model: nn.Module, shape: tuple, prec
     model.eval()
     with tracker, ready(model, precision), torch.no_grad():
         batch = fake_batch(*shape)
-        with train.autocast(torch.device("cpu"), precision):
+        with autocast(torch.device("cpu"), precision):
             model(batch["input_ids"], batch["attention_mask"], batch["labels"])
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
 
@@ -177,39 +172,30 @@ def flops(config: T5Config, rows: int, sources: int, targets: int, recompute: bo
     return 2.0 * rows * ((4 if recompute else 3) * blocks + 3 * head)
 
 
-Lengths = tuple[np.ndarray, np.ndarray, np.ndarray]  # sources, targets, tasks of a step's rows
-
-
-def first_steps(c: train.Config, rows: TokenRows) -> list[Lengths]:
-    """The lengths of the rows of a run's first steps, at most 20, in tokens."""
-    sources, targets = np.diff(rows.source_offsets), np.diff(rows.target_offsets)
-    steps = []
-    for step in range(min(c.steps, 20)):
-        chosen = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
-        steps.append((sources[chosen], targets[chosen], rows.tasks[chosen]))
-    return steps
-
-
-def longest_step(c: train.Config) -> Lengths:
-    """A step of rows that are all as long as they may be."""
+def longest_rows(c: train.Config) -> TokenRows:
+    """A step's examples, each with two rows that are as long as they may be."""
     n = 2 * c.batch_size
-    return np.full(n, MAX_SOURCE), np.full(n, MAX_TARGET), np.arange(n) % 2
+    sources, targets = np.arange(n + 1) * MAX_SOURCE, np.arange(n + 1) * MAX_TARGET
+    ids, rows = np.zeros(sources[-1], np.int32), np.arange(n)
+    return TokenRows(rows % 2, ids, sources, ids, targets, rows // 2, c.batch_size, 0, 0, 0, 1, 0)
 
 
-def work_of(c: train.Config, config: T5Config, gpus: int, steps: list[Lengths]) -> dict:
-    """What a step needs on GPUs, as a mean over `steps`: tokens with and without padding, FLOPs,
-    and micro-batches of a GPU."""
-    sums = Counter()
-    for sources, targets, tasks in steps:
-        lengths = [round_up(x, MULTIPLE["cuda"]) for x in (sources, targets)]
-        ranks = micro_batches(*lengths, tasks, c.micro_tokens, gpus, train.OVERHEAD["cuda"])
+def work_of(c: train.Config, config: T5Config, gpus: int, rows: TokenRows) -> dict:
+    """What a step needs on GPUs, as a mean over a run's first steps, at most 20: tokens with and
+    without padding, FLOPs, and micro-batches of a GPU."""
+    sums, steps = Counter(), min(c.steps, 20)
+    for step in range(steps):
+        row_ids = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
+        ranks = train.divide(c, rows, row_ids, "cuda", gpus)
         sums["micro_batches_per_step"] += len(ranks[0])
-        sums["real_tokens_per_step"] += int(sources.sum() + targets.sum())
+        sums["real_tokens_per_step"] += sum(int(x.sum()) for x in rows.lengths(row_ids))
         for part in chain.from_iterable(ranks):
-            longest = [int(x[part].max(initial=0)) for x in lengths]
+            longest = [
+                round_up(int(x.max(initial=0)), MULTIPLE["cuda"]) for x in rows.lengths(part)
+            ]
             sums["padded_tokens_per_step"] += len(part) * sum(longest)
             sums["flops_per_step"] += flops(config, len(part), *longest, c.recompute)
-    return {name: total / len(steps) for name, total in sums.items()}
+    return {name: total / steps for name, total in sums.items()}
 
 
 def bytes_sent(parallel: str, parameters: int, micro_batches: float) -> float:
@@ -224,28 +210,19 @@ def bytes_sent(parallel: str, parameters: int, micro_batches: float) -> float:
 
 def settings(given: dict, gpus: int) -> train.Config:
     """The configuration that these flags would give on `gpus` GPUs."""
-    precision, parallel = given.get("precision", "bf16"), given.get("parallel")
-    c = train.resolve(train.Config(**{**given, "device": "cpu", "precision": precision}))
-    if parallel == "none" and gpus > 1:
-        raise UserError(
-            f"--parallel none on {gpus} GPUs would train {gpus} models; allowed: ddp, fsdp"
-        )
-    parallel = "none" if gpus == 1 else parallel or train.default_parallel(c.size)
-    return replace(c, parallel=parallel, compile=False)  # a compiled block's memory is not known
+    c = train.Config(**{"precision": "bf16", **given, "device": "cpu"})
+    return replace(train.resolve(c, gpus), compile=False)  # a compiled block's memory is not known
 
 
 def shape_of(c: train.Config, assumed: list[str]) -> T5Config:
     """The student's shape: that of its weights where they are here, else that of its size, which
     is added to what is assumed."""
-    path = Path(c.weights) / "config.json"
     if c.weights == "random":
         return T5.untrained_config(c.size, Tokenizer(train.DEMO_VOCABULARY).vocab_size)
-    if path.is_file():
-        try:
-            return T5.read_config(path.parent)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    assumed.append(f"no {path}: the shape of T5 v1.1 {c.size}")
+    if Path(c.weights, "config.json").is_file():
+        with shown_to_user():
+            return T5.read_config(c.weights)
+    assumed.append(f"no {c.weights}/config.json: the shape of T5 v1.1 {c.size}")
     return T5Config.preset(c.size)
 
 
@@ -256,15 +233,14 @@ def plan(given: dict, gpus: int) -> dict:
     config = shape_of(c, assumed)
     try:
         rows = train.prepare(c).rows
-        examples, cut = rows.n_examples, rows.truncated_sources + rows.truncated_targets
-        steps, truncated_share = first_steps(c, rows), cut / len(rows)
+        examples = rows.n_examples
     except UserError as error:
-        examples, steps, truncated_share = ESNLI, [longest_step(c)], 0.0
+        rows, examples = longest_rows(c), ESNLI
         lengths = f"{MAX_SOURCE:,} and {MAX_TARGET} tokens"
         assumed.append(f"{error}: every row at {lengths}, {ESNLI:,} examples")
     memory = simulate(c, config, gpus, MAX_SOURCE, MAX_TARGET)
     needed = max(memory["peak_gib"], memory["evaluation_peak_gib"]) + LEFT_OUT
-    work = work_of(c, config, gpus, steps)
+    work = work_of(c, config, gpus, rows)
     computing = work["flops_per_step"] / (gpus * PEAK_FLOPS * UTILISATION)
     sent = bytes_sent(c.parallel, memory["parameters"], work["micro_batches_per_step"])
     seconds = max(computing, sent / BANDWIDTH)  # they overlap: the longer hides the other
@@ -277,7 +253,7 @@ def plan(given: dict, gpus: int) -> dict:
         "gpus": gpus,
         "examples": examples,
         "epochs": c.steps * c.batch_size / examples,
-        "truncated_share": truncated_share,
+        "truncated_share": (rows.truncated_sources + rows.truncated_targets) / len(rows),
         "compute_seconds": computing,
         "communication_seconds": sent / BANDWIDTH,
         "seconds_per_step": seconds,
