@@ -29,7 +29,7 @@ from pathlib import Path
 import sentencepiece
 
 SEED = 0
-SIZES = {"train": 500, "valid": 200, "test": 1000, "pool": 700}
+SIZES = {"train": 600, "valid": 200, "test": 1000, "pool": 700}
 LABELS = ["refund", "exchange", "voucher", "refuse"]
 MARKER = "So the answer is"
 PREFIXES = ["[label]", "[rationale]", "predict:", "explain:"]

@@ -24,6 +24,7 @@ RESULTS, INPUTS = Path("results"), Path("results/inputs")
 BOTH = ("standard", "step-by-step")
 WITH_TEACHER = ("figure6", "figure7", "figure8", "figure9")  # they show few-shot CoT too
 TITLES = {
+    "headline": "the main comparisons",
     "figure4": "human labels, fewer examples",
     "figure5": "teacher's labels, fewer examples",
     "figure6": "human labels, deployed size",

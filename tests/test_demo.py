@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 DEMO = Path(__file__).parents[1] / "demo"
-SPLITS = {"train": 300, "valid": 200, "test": 1000}
+SPLITS = {"train": 600, "valid": 200, "test": 1000}
 JSONL = (*SPLITS, "pool", "weak")
 WRITTEN_WITH = "0.2.3"  # the sentencepiece that trained the bundled vocabulary
 
@@ -80,14 +80,14 @@ def test_labels_are_what_the_policy_says(files):
 
 
 def test_the_most_frequent_label_and_the_teachers_mistakes(files):
-    """A student that always gives that label is right on about a third."""
+    """A student that always gives that label is right on about a quarter."""
     for name, (fewest, most) in {
         **dict.fromkeys(SPLITS, (0.05, 0.08)),
         "weak": (0.25, 0.3),
     }.items():
         rows = files[name]
         count = Counter(row["label"] for row in rows)
-        assert len(count) == 4 and max(count.values()) <= 0.37 * len(rows)
+        assert len(count) == 4 and max(count.values()) <= 0.31 * len(rows)
         answered = [row for row in rows if row["teacher_label"]]
         assert 0.92 < len(answered) / len(rows) < 0.99
         wrong = sum(row["teacher_label"] != row["label"] for row in answered)
