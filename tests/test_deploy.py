@@ -14,7 +14,9 @@ import eval as evaluation
 from data import load_dataset
 
 DEPLOY = (ROOT / "README.md").read_text().split("## Deploy")[1].split("\n## ")[0]
-COMMANDS, LINES = (re.search(rf"```{k}\n(.*?)```", DEPLOY, re.DOTALL)[1] for k in ("bash", "python"))
+COMMANDS, LINES = (
+    re.search(rf"```{k}\n(.*?)```", DEPLOY, re.DOTALL)[1] for k in ("bash", "python")
+)
 
 
 def test_transformers_and_ctranslate2_predict_the_same(whole, small_task, tmp_path):
