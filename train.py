@@ -1211,6 +1211,20 @@ def finish(c: Config, out: Path, data: Data, model: nn.Module, signals: Signals)
     return result
 
 
+def demo_means(c: Config, accuracy: float) -> str:
+    """The last line of a run of the bundled task at its defaults: both methods' accuracy over
+    several seeds (`demo/results.json`, by `scripts/reproduce.py demo`); else an empty string."""
+    path = HERE / "demo" / "results.json"
+    default = resolve(Config(method=c.method, seed=c.seed))
+    if run_name(c) != run_name(default) or not path.exists():
+        return ""
+    means = ", ".join(
+        f"{method} {m['accuracy']:.3f} ({m['standard_error']:.3f}, {m['seeds']} seeds)"
+        for method, m in json.loads(path.read_text()).items()
+    )
+    return f"\nthis run {accuracy:.3f}; means on test (standard error): {means}"
+
+
 def show_result(c: Config, out: Path, result: dict) -> None:
     """The last lines of a run: what came out, where it is, how to use it."""
     test = result["test_accuracy"]
@@ -1226,6 +1240,7 @@ def show_result(c: Config, out: Path, result: dict) -> None:
         f"the student is in {out / 'best'}; use it with\n"
         f"  python eval.py {out / 'best'} --predict inputs.txt"
         + (" --explain" if METHODS[c.method].explains else "")
+        + (demo_means(c, test) if test is not None else "")
     )
 
 
