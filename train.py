@@ -1080,6 +1080,20 @@ def finish(c: Config, out: Path, data: Data, student: Student) -> dict:
     return result
 
 
+def demo_means(c: Config, result: dict) -> str:
+    """The last line of a run of the bundled task at its defaults: both methods' accuracy over
+    several seeds (`demo/results.json`, by `scripts/reproduce.py demo`); else an empty string."""
+    path = HERE / "demo" / "results.json"
+    default = resolve(Config(method=c.method, seed=c.seed))
+    if run_name(c) != run_name(default) or not path.exists():
+        return ""
+    means = ", ".join(
+        f"{method} {m['accuracy']:.3f} ({m['standard_error']:.3f}, {m['seeds']} seeds)"
+        for method, m in json.loads(path.read_text()).items()
+    )
+    return f"\nthis run {result['test_accuracy']:.3f}; means on test (standard error): {means}"
+
+
 def show_result(c: Config, out: Path, result: dict) -> None:
     """The last lines of a run: what came out, where it is, how to use it."""
     test, n = result["test_accuracy"], result["n_test"]
@@ -1090,7 +1104,7 @@ def show_result(c: Config, out: Path, result: dict) -> None:
         f"test accuracy  {test}; the most frequent training label alone: "
         f"{result['majority_accuracy']:.4f}\n"
         f"the student is in {out / 'best'}; use it with\n"
-        f"  python eval.py {out / 'best'} --predict inputs.txt{explain}"
+        f"  python eval.py {out / 'best'} --predict inputs.txt{explain}{demo_means(c, result)}"
     )
 
 

@@ -1,15 +1,17 @@
-"""Writes the bundled task: refund requests to a shop, two teachers' answers, a vocabulary.
+"""Writes the bundled task: letters to a shop, two teachers' answers, a vocabulary.
 
 Everything here is synthetic and made by this script alone: `python demo/make_demo.py` writes the
 same bytes every time. It must not know torch, students or training.
 
-The task. A request mentions four facts, each in one of many wordings: how long ago the thing was
-bought, whether it is sealed or opened, whether it is for personal or household use, and whether
-the customer is a member. `policy` turns the facts into one of four decisions. A student sees the
-request alone; the rationale names the facts in plain terms and the rule that follows from them.
+The task. A letter names an item and says what is the matter with it. `policy` looks up the shop's
+decision by the item's department and the kind of matter. The letter names neither: that a kettle
+is kitchenware is a fact about the world, and "A part came off." one of many ways to say that it is
+faulty. A label tells little about them, since each department and each kind of matter leads to
+several decisions. The rationale says both in plain words, which is how a teacher's knowledge gets
+to a student that sees the letter alone.
 
-Besides the three splits it writes `pool.jsonl`, requests without a label but with the good
-teacher's answers, and `weak.jsonl`, a worse teacher's answers to the requests of the splits.
+Besides the three splits it writes `pool.jsonl`, letters without a label but with the good
+teacher's answers, and `weak.jsonl`, a worse teacher's answers to the letters of the splits.
 """
 
 import sys
@@ -27,108 +29,141 @@ from pathlib import Path
 import sentencepiece
 
 SEED = 0
-SIZES = {"train": 300, "valid": 200, "test": 1000, "pool": 700}
+SIZES = {"train": 600, "valid": 200, "test": 1000, "pool": 700}
 LABELS = ["refund", "exchange", "voucher", "refuse"]
 MARKER = "So the answer is"
 PREFIXES = ["[label]", "[rationale]", "predict:", "explain:"]
 # Shares of wrong and of unparsable answers. The good teacher is about as sound as a large model
 # on an easy task; the weak one is wrong on more than a quarter and says less.
 GOOD, WEAK = {"wrong": 0.065, "unparsable": 0.015}, {"wrong": 0.27, "unparsable": 0.06}
-VOCABULARY = 512  # at most: 256 bytes, 94 printable characters, about 150 words
+VOCABULARY = 640  # at most: 256 bytes, 94 printable characters, about 200 words
 
-# How each fact is said. Days since the purchase, by the words for them; 30 days are in time.
-DAYS = {
-    "yesterday": 1, "four days ago": 4, "last week": 7, "two weeks ago": 14,
-    "twenty days ago": 20, "three weeks ago": 21,
-    "forty days ago": 40, "six weeks ago": 42, "two months ago": 60, "seventy days ago": 70,
-    "half a year ago": 180, "last year": 365,
-}
-STATES = {
-    "sealed": ["The seal is not broken.", "The box was never opened.", "It is still wrapped.",
-               "Nobody has tried it yet.", "The tape is on the box."],
-    "opened": ["The seal is broken.", "The box was opened.", "It is no longer wrapped.",
-               "Somebody has tried it once.", "The tape is off the box."],
-}
 ITEMS = {
-    "personal": ["razor", "toothbrush", "lipstick", "swimsuit", "hairbrush", "perfume"],
-    "household": ["kettle", "lamp", "chair", "radio", "mirror", "toaster"],
+    "kitchen": [
+        "kettle",
+        "pan",
+        "spoon",
+        "toaster",
+        "teapot",
+        "mug",
+        "ladle",
+        "whisk",
+        "grater",
+        "sieve",
+    ],
+    "clothing": [
+        "coat",
+        "scarf",
+        "shirt",
+        "belt",
+        "glove",
+        "sock",
+        "jumper",
+        "skirt",
+        "hat",
+        "vest",
+    ],
+    "toy": [
+        "puzzle",
+        "doll",
+        "kite",
+        "ball",
+        "drum",
+        "marble",
+        "robot",
+        "yoyo",
+        "rattle",
+        "scooter",
+    ],
+    "garden": [
+        "rake",
+        "hose",
+        "spade",
+        "bench",
+        "pot",
+        "fence",
+        "shovel",
+        "mower",
+        "bucket",
+        "trellis",
+    ],
 }
-MEMBERS = {
-    True: ["Member for two years.", "Has our loyalty card.", "Joined the club in May.",
-           "Collects points with us."],
-    False: ["Not a member.", "Has no loyalty card.", "Did not want to join the club.",
-            "Is new to us."],
+MATTERS = {
+    "faulty": [
+        "It does not work.",
+        "It broke at once.",
+        "There is a crack in it.",
+        "A part came off.",
+        "It fell to pieces.",
+        "One side is torn.",
+    ],
+    "unwanted": [
+        "I changed my mind.",
+        "It was a gift, I have one.",
+        "We do not need it now.",
+        "My wife does not like it.",
+        "I bought two by mistake.",
+        "It cost less elsewhere.",
+    ],
+    "misdelivered": [
+        "I asked for another colour.",
+        "You sent the large size.",
+        "This is not what I ordered.",
+        "The picture showed a blue one.",
+        "I wanted the small model.",
+        "It came in green, not red.",
+    ],
+}
+# The shop's decisions are arbitrary on purpose: neither fact decides without the other.
+DECISIONS = {
+    "kitchen": {"faulty": "exchange", "unwanted": "voucher", "misdelivered": "refund"},
+    "clothing": {"faulty": "refund", "unwanted": "exchange", "misdelivered": "voucher"},
+    "toy": {"faulty": "voucher", "unwanted": "refuse", "misdelivered": "exchange"},
+    "garden": {"faulty": "refuse", "unwanted": "refund", "misdelivered": "refuse"},
 }
 # Said in passing; none of it matters to the policy.
-GREETINGS = ["Hello.", "Good morning.", "Dear shop,"]
-BOUGHT = ["I bought a {item} {time}.", "I ordered this {item} {time}.",
-          "This {item} is from your shop, I got it {time}."]
-ASIDES = ["It was a gift.", "I do not like the colour.", "It is too big for us.", ""]
-WISHES = ["Can I bring it back?", "I would like my money.", "Please help me."]
-REMARKS = ["Has the receipt.", "Paid in cash.", "Wrote to us.", ""]
+GREETINGS = ["Hello.", "Good morning.", "Dear shop,", ""]
+BOUGHT = [
+    "I bought a {item} last week.",
+    "I ordered this {item} in May.",
+    "This {item} is from your shop.",
+    "About the {item} I got from you.",
+    "My {item} came today.",
+]
+ASIDES = ["I have the receipt.", "I paid in cash.", "We live nearby.", "I am a member.", ""]
+WISHES = ["What can you do?", "Please help me.", "Can I bring it back?", "I wait for your answer."]
 
 
-def policy(facts: dict) -> tuple[str, str]:
-    """The shop's decision and the rule that it follows from."""
-    in_time, member = facts["days"] <= 30, facts["member"]
-    if facts["state"] == "sealed" and in_time:
-        return "refund", "Sealed and in time earns a refund."
-    if facts["state"] == "sealed" and member:
-        return "exchange", "A member may exchange a sealed item late."
-    if facts["state"] == "sealed":
-        return "voucher", "For a late sealed item a guest gets a voucher."
-    if facts["category"] == "household" and in_time:
-        return "exchange", "An opened household item in time we exchange."
-    if member:
-        return "voucher", "For any other opened item a member gets a voucher."
-    return "refuse", "Any other opened item of a guest we refuse."
+def policy(facts: dict) -> str:
+    """The shop's decision."""
+    return DECISIONS[facts["department"]][facts["matter"]]
 
 
-def make_request(rng: random.Random) -> tuple[str, dict]:
-    """One request as the student reads it, and its facts, each fact drawn evenly."""
-    time = rng.choice(list(DAYS))
-    state, category, member = rng.choice(list(STATES)), rng.choice(list(ITEMS)), rng.random() < 0.5
-    item = rng.choice(ITEMS[category])
-    bought = rng.choice(BOUGHT).format(item=item, time=time)
-    message = [rng.choice(GREETINGS), bought, rng.choice(ASIDES)]
-    notes = [rng.choice(MEMBERS[member]), rng.choice(REMARKS)]
-    rng.shuffle(notes)
-    # The customer or the clerk says what state the thing is in.
-    rng.choice([message, notes]).append(rng.choice(STATES[state]))
-    message.append(rng.choice(WISHES))
-    text = " ".join(filter(None, ["Customer:", *message, "Clerk:", *notes]))
-    facts = {"days": DAYS[time], "state": state, "category": category, "member": member}
-    return text, facts
+def make_letter(rng: random.Random) -> tuple[str, dict]:
+    """One letter as the student reads it, and its facts, each drawn evenly."""
+    department, matter = rng.choice(list(ITEMS)), rng.choice(list(MATTERS))
+    bought = rng.choice(BOUGHT).format(item=rng.choice(ITEMS[department]))
+    text = [rng.choice(GREETINGS), bought, rng.choice(MATTERS[matter]), rng.choice(ASIDES)]
+    letter = " ".join(filter(None, [*text, rng.choice(WISHES)]))
+    return letter, {"department": department, "matter": matter}
 
 
 def misread(rng: random.Random, facts: dict) -> dict:
     """The facts with one of them read wrongly, such that the decision changes."""
-    other = {"days": 60 if facts["days"] <= 30 else 14,
-             "state": "opened" if facts["state"] == "sealed" else "sealed",
-             "category": "household" if facts["category"] == "personal" else "personal",
-             "member": not facts["member"]}
-    wrong = [{**facts, key: value} for key, value in other.items()]
-    return rng.choice([seen for seen in wrong if policy(seen)[0] != policy(facts)[0]])
-
-
-def say_facts(facts: dict) -> list[str]:
-    """The four facts in plain terms."""
-    return ["in time" if facts["days"] <= 30 else "late", facts["state"], facts["category"],
-            "a member" if facts["member"] else "a guest"]
+    wrong = [{**facts, "department": other} for other in ITEMS]
+    wrong += [{**facts, "matter": other} for other in MATTERS]
+    return rng.choice([seen for seen in wrong if policy(seen) != policy(facts)])
 
 
 def good_rationale(rng: random.Random, facts: dict) -> str:
-    """All facts and the rule; in one wording, so `rng` is not used."""
-    time, state, category, member = say_facts(facts)
-    return f"The {category} item is {state}, {time}, from {member}. {policy(facts)[1]}"
+    """Both facts; in one wording, so `rng` is not used."""
+    return f"The {facts['department']} item is {facts['matter']}."
 
 
 def weak_rationale(rng: random.Random, facts: dict) -> str:
-    """One fact of the four, no rule."""
-    time, state, category, member = say_facts(facts)
-    fact = rng.choice([f"The request is {time}.", f"The item is {state}.",
-                       f"The item is {category}.", f"It is from {member}."])
-    opening = rng.choice(["I think this is a usual request.", "The shop decides this.", ""])
+    """One fact of the two."""
+    fact = rng.choice([f"It is a {facts['department']} item.", f"The item is {facts['matter']}."])
+    opening = rng.choice(["I think this is a usual letter.", "The shop decides this.", ""])
     closing = rng.choice(["That seems to settle it.", "I would go by that."])
     return " ".join(filter(None, [opening, fact, closing]))
 
@@ -145,7 +180,7 @@ def teach(rng: random.Random, rows: list[dict], facts: list[dict], rates: dict, 
     taught = []
     for row, true, how in zip(rows, facts, fate):
         seen = misread(rng, true) if how == "wrong" else true
-        answer = (None, None) if how == "unparsable" else (say(rng, seen), policy(seen)[0])
+        answer = (None, None) if how == "unparsable" else (say(rng, seen), policy(seen))
         taught.append({**row, "rationale": answer[0], "teacher_label": answer[1]})
     return taught
 
@@ -166,37 +201,53 @@ def train_vocabulary(rows: list[dict]) -> bytes:
     model = io.BytesIO()
     # One thread and no input file: neither the machine nor a path shows in the bytes.
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
-        vocab_size=VOCABULARY, hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
-        required_chars="".join(map(chr, range(33, 127))), num_threads=1,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=VOCABULARY,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        required_chars="".join(map(chr, range(33, 127))),
+        num_threads=1,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
 def make_demo() -> dict[str, bytes]:
     """All files of the task, by name."""
     rng = random.Random(SEED)
-    requests: dict[str, dict] = {}  # a text once, so that no split shares an input with another
-    while len(requests) < sum(SIZES.values()):
-        text, facts = make_request(rng)
-        requests.setdefault(text, facts)
-    drawn = iter(requests.items())
+    letters: dict[str, dict] = {}  # a text once, so that no split shares an input with another
+    while len(letters) < sum(SIZES.values()):
+        text, facts = make_letter(rng)
+        letters.setdefault(text, facts)
+    drawn = iter(letters.items())
     files: dict[str, list[dict]] = {"weak": []}
     for split, size in SIZES.items():
         texts, facts = zip(*[next(drawn) for _ in range(size)])
-        labels = [None if split == "pool" else policy(one)[0] for one in facts]
-        rows = [{"id": f"demo-{split}-{i}", "input": text, "label": label}
-                for i, (text, label) in enumerate(zip(texts, labels))]
+        labels = [None if split == "pool" else policy(one) for one in facts]
+        rows = [
+            {"id": f"demo-{split}-{i}", "input": text, "label": label}
+            for i, (text, label) in enumerate(zip(texts, labels))
+        ]
         files[split] = teach(rng, rows, facts, GOOD, good_rationale)
         if split != "pool":
             files["weak"] += teach(rng, rows, facts, WEAK, weak_rationale)
             files[split] = [{**row, "facts": one} for row, one in zip(files[split], facts)]
     task = {"labels": LABELS, "scorer": "text", "marker": MARKER}
-    written = {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()
-               for name, rows in files.items()}
+    written = {
+        f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()
+        for name, rows in files.items()
+    }
     written["task.json"] = (json.dumps(task) + "\n").encode()
     written["spiece.model"] = train_vocabulary(
-        files["train"] + files["pool"] + files["weak"][:SIZES["train"]])
+        files["train"] + files["pool"] + files["weak"][: SIZES["train"]]
+    )
     return written
 
 

@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from data import write_text
+from data import write_json, write_text
 
 RESULTS, INPUTS = Path("results"), Path("results/inputs")
 BOTH = ("standard", "step-by-step")
 WITH_TEACHER = ("figure6", "figure7", "figure8", "figure9")  # they show few-shot CoT too
 TITLES = {
+    "headline": "the main comparisons",
     "figure4": "human labels, fewer examples",
     "figure5": "teacher's labels, fewer examples",
     "figure6": "human labels, deployed size",
@@ -197,55 +198,97 @@ def table(name: str, all_of: list[Entry]) -> str:
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-
-# The column of results.csv that is the horizontal axis; a table's plot has the entries' names.
+# The column of results.csv on the horizontal axis; other panels have a line for each entry.
 AXES = {
     **dict.fromkeys(["figure4", "figure5", "figure8", "figure9"], "examples"),
     **dict.fromkeys(["figure6", "figure7"], "parameters"),
 }
+AXIS_TITLES = {"examples": "training examples", "parameters": "student's parameters"}
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {
-    "standard": "tab:blue",
-    "step-by-step": "tab:orange",
-    "few-shot-cot": "tab:green",
-    "rationale-input": "tab:purple",
-    "single-task": "tab:gray",
+    "standard": "#0072B2",
+    "step-by-step": "#D55E00",
+    "few-shot-cot": "#444444",
+    "rationale-input": "#CC79A7",
+    "single-task": "#009E73",
 }
+NAMES = {"standard": "labels alone", "few-shot-cot": "the teacher", "rationale-input": "PINTO"}
 
 
-def draw(axes, name: str, all_of: list[Entry], title: str) -> None:
-    """Draws one panel: a line for each method (in figures 8 and 9 for each method and size), with
-    standard errors, and few-shot CoT across. A size has the same marker on every line; runs with
-    unlabelled examples are a line of their own where the axis does not show them."""
-    column, by_size, lines = AXES.get(name), name in ("figure8", "figure9"), defaultdict(list)
-    sizes = list(dict.fromkeys(e.point.size for e in all_of))
-    for e in all_of:
-        pooled = ", with unlabelled" * (e.point.pool > 0 and not by_size)
-        lines[e.point.method + f", {e.point.size}" * by_size + pooled].append(e)
+def informative(name: str, chosen: list[Entry]) -> bool:
+    """Figures 8 and 9 say more than 6 and 7 only where a size passed the teacher, so that less data
+    was tried."""
+    less = [e for e in chosen if e.point.fraction < 1 or 0 < e.point.pool < 1]
+    return name not in ("figure8", "figure9") or bool(less)
+
+
+def draw_lines(axes, column: str, chosen: list[Entry]) -> None:
+    """Draws a line for each method, with a band of one standard error, and few-shot CoT across.
+    Names stand beside the lines' ends. Where examples are the axis, each size has its own line, and
+    a size of a single amount has none; else runs with unlabelled examples are points of their own.
+    """
+    lines, ends = defaultdict(list), []
+    sizes = {e.point.size for e in chosen if e.trained}
+    for e in chosen:
+        label = NAMES.get(e.point.method, e.point.method)
+        if column == "examples":
+            label += f", {e.point.size}" * (e.trained and len(sizes) > 1)
+        elif e.point.pool:
+            label += ", with unlabelled"
+        lines[label].append(e)
     for label, found in lines.items():
-        style = {"color": COLOURS[found[0].point.method], "label": label}
+        colour = COLOURS[found[0].point.method]
         if not found[0].trained:
-            axes.axhline(found[0].mean, linestyle="--", linewidth=1, **style)
+            axes.axhline(found[0].mean, linestyle="--", linewidth=1, color=colour)
+        elif column == "examples" and len(found) == 1:
             continue
-        x = [f"{e.point.method}\n{source(e.point)}" for e in found]
-        if column:
+        else:
             found.sort(key=lambda e: float(e.rows[0][column]))
-            x = [float(e.rows[0][column]) for e in found]
-        style["fmt"] = "os^Dv<"[sizes.index(found[0].point.size)] + "-" * bool(column)
-        errors = [e.error or 0 for e in found]
-        axes.errorbar(x, [e.mean for e in found], errors, capsize=3, markersize=4, **style)
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(column or "", fontsize=8)
-    axes.set_ylabel("test accuracy", fontsize=8)
+            x, y = [float(e.rows[0][column]) for e in found], [e.mean for e in found]
+            errors = [e.error or 0 for e in found]
+            axes.errorbar(x, y, errors, fmt="o-", markersize=4, capsize=2, color=colour)
+            low, high = zip(*((m - error, m + error) for m, error in zip(y, errors)))
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        ends.append((found[-1].mean, label, colour))
     if column == "parameters":
         axes.set_xscale("log")
-    axes.tick_params(labelsize=6)
-    axes.legend(fontsize=6)
+    axes.set_xlabel(AXIS_TITLES[column], fontsize=8)
+    axes.set_ylabel("test accuracy", fontsize=8)
+    below = -1.0
+    for y, label, colour in sorted(ends):  # each name above the one below it
+        y = max(y, below + 0.06 * (axes.get_ylim()[1] - axes.get_ylim()[0]))
+        where = axes.get_yaxis_transform()  # x is a share of the axes' width
+        axes.text(1.02, y, label, color=colour, transform=where, va="center", fontsize=8)
+        below = y
+
+
+def draw_entries(axes, chosen: list[Entry]) -> None:
+    """Draws a mark with its standard error for each entry, under its name, the first at the top."""
+    for i, e in enumerate(chosen):
+        style = {"fmt": "o", "markersize": 5, "capsize": 3, "color": COLOURS[e.point.method]}
+        axes.errorbar(e.mean, -i, xerr=e.error or 0, **style)
+        axes.text(e.mean, 0.18 - i, f"{e.mean:.3f}", ha="center", fontsize=7)
+    axes.set_yticks([-i for i in range(len(chosen))], [short_name(e) for e in chosen])
+    axes.set_ylim(0.6 - len(chosen), 0.6)
+    axes.margins(x=0.15)
+    axes.set_xlabel("test accuracy", fontsize=8)
+
+
+def short_name(e: Entry) -> str:
+    """What sets an entry apart within its panel."""
+    p = e.point
+    words = [NAMES.get(p.method, p.method)]
+    words += ["others' rationales"] * p.shuffled
+    words += [source(p)] * (p.rationales not in ("", "own") and not p.shuffled)
+    words += [f"{100 * p.fraction:g} % of the data"] * (p.fraction < 1)
+    words += ["teacher's labels, pool"] * bool(p.pool)
+    return "\n".join([words[0], ", ".join(words[1:])]).strip()
 
 
 def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
-    """Draws the panels (grid's name, entries, title), three in a row; False where matplotlib, which
-    the project does not require, is not installed. The file has no date or version in it, so that
-    equal results give equal bytes."""
+    """Draws the panels (column of the horizontal axis or "", entries, title), at most three in a
+    row; False where matplotlib, which the project does not require, is not installed. The file has
+    no date or version in it, so that equal results give equal bytes."""
     try:
         import matplotlib
     except ImportError:
@@ -255,17 +298,43 @@ def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
 
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    size = (3.6 * columns, 2.9 * lines)
+    size = (4.2 * columns, 3 * lines)
     drawing, axes = pyplot.subplots(
         lines, columns, figsize=size, squeeze=False, layout="constrained"
     )
-    for place, panel in zip(axes.flat, panels):
-        draw(place, *panel)
+    for place, (column, chosen, title) in zip(axes.flat, panels):
+        place.set_title(title, fontsize=9)
+        place.tick_params(labelsize=7)
+        place.spines[["top", "right"]].set_visible(False)
+        if column:
+            draw_lines(place, column, chosen)
+        else:
+            draw_entries(place, chosen)
     for place in axes.flat[len(panels) :]:
         place.set_visible(False)
     drawing.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(drawing)
     return True
+
+
+def first_screen(folder: Path, found: dict[Point, Entry]) -> None:
+    """Writes README's picture and results.json, the means that train.py shows beside a run's own
+    accuracy: the bundled task's, at its largest size and with its own rationales."""
+    ours = [e for p, e in found.items() if p.dataset == "demo" and p.rationales in ("", "own")]
+    ours = [e for e in ours if e.point.size in ("tiny", "teacher") and not e.point.shuffled]
+    human = [e for e in ours if e.point.labels == "human" and e.point.method in BOTH]
+    teacher = [e for e in ours if e.point.labels == "teacher" or not e.trained]
+    panels = [
+        ("examples", human, "People's labels, fewer examples"),
+        ("examples", teacher, "The teacher's labels; the last point adds unlabelled inputs"),
+    ]
+    figure(folder / "first.png", panels)
+    means = {}
+    for e in human:
+        if e.point.fraction == 1:
+            about = {"accuracy": e.mean, "standard_error": e.error, "seeds": len(e.scores)}
+            means[e.point.method] = about
+    write_json(folder / "results.json", means)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -309,7 +378,7 @@ def write_results(
     for e in entries(earlier):
         grids.setdefault((part, e.point.dataset), []).append(e.point)
 
-    panels, found = [], {e.point: e for e in entries(rows)}
+    shown, found = [], {e.point: e for e in entries(rows)}
     for part, data in sorted(grids, key=lambda key: [*TITLES].index(key[0])):
         points = dict.fromkeys(grids[part, data])
         if part in WITH_TEACHER:
@@ -318,10 +387,17 @@ def write_results(
             )
         chosen = [found[p] for p in points if p in found]
         if any(e.trained for e in chosen):
-            panels.append((part, chosen, f"{part}, {data}: {TITLES[part]}"))
-    tables = [f"## {title}\n\n{table(part, chosen)}\n" for part, chosen, title in panels]
+            shown.append((part, chosen, f"{part}, {data}: {TITLES[part]}"))
+    tables = [f"## {title}\n\n{table(part, chosen)}\n" for part, chosen, title in shown]
     write_text(folder / "table.md", "\n".join(tables))
+    panels = [
+        (AXES.get(part, ""), chosen, title)
+        for part, chosen, title in shown
+        if informative(part, chosen)
+    ]
     drawn = figure(folder / "figure.png", panels)
+    if name == "demo":
+        first_screen(folder, found)
     write_text(folder / "report.md", report(name, tables, rows, not_run, drawn))
     return folder
 

@@ -393,6 +393,47 @@ def decode(quick: bool, folder: Path) -> dict:
     return found
 
 
+def deploy(quick: bool, folder: Path) -> dict:
+    """Milliseconds of 8 tokens from 24-token inputs, by ways to run a student on a CPU."""
+    import ctranslate2
+
+    vocabulary = data.Tokenizer(ROOT / "demo" / "spiece.model")
+    rows = np.random.default_rng(0).integers(260, vocabulary.pieces, (64, 24)).tolist()
+    pieces = [vocabulary.model.IdToPiece(row) for row in rows]
+    found = {}
+    for size in ("tiny", "small"):
+        vocab = T5.untrained_config(size, vocabulary.vocab_size).vocab_size
+        path = make_weights(folder / size, quick, size=size, vocab_size=vocab)
+        vocabulary.save(path)
+        models = {who: load(who, path).eval() for who in (THEIRS, OURS)}
+        for kind in ("float32", "int8"):
+            converter = ctranslate2.converters.TransformersConverter(str(path))
+            converter.convert(str(path / kind), quantization=kind)
+        for threads, n in ((1, 1), (1, 64), (2, 1), (2, 64)):
+            torch.set_num_threads(threads)
+            ids = torch.tensor(rows[:n])
+
+            def translate(kind: str, some=pieces[:n], path=path, threads=threads):
+                translator = ctranslate2.Translator(str(path / kind), intra_threads=threads)
+                options = dict(beam_size=1, min_decoding_length=8, max_decoding_length=8)
+                return lambda _: translator.translate_batch(some, **options)
+
+            def transformers(_, ids=ids, model=models[THEIRS]):
+                with torch.no_grad():
+                    model.generate(input_ids=ids, min_new_tokens=8, max_new_tokens=8)
+
+            def ours(_, ids=ids, model=models[OURS]):
+                assert model.generate(ids, torch.ones_like(ids), 8).shape[1] >= 8, "an early EOS"
+
+            calls = {"transformers": transformers, OURS: ours, "CTranslate2": translate("float32")}
+            seconds = alternate({**calls, "int8": translate("int8")}, 3 if quick else 15)
+            for rival in ("transformers", "CTranslate2", "int8"):
+                pair = [1e3 * seconds[rival], 1e3 * seconds[OURS]]
+                name = f"{size}, {n} rows, {threads} threads, ms: {rival}"
+                found[name] = [*pair, pair[0] / pair[1]]
+    return found
+
+
 def padding(quick: bool, folder: Path) -> dict:
     """Share of all source and target places that is padding, 10 steps of 64 examples of both tasks,
     with base's largest micro-batch: on a CPU or GPU, 1 rank or 16; and micro-batches of a rank."""
@@ -652,11 +693,11 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-MEASURES = {"step": step, "epoch": epoch, "decode": decode, "memory": memory,
+MEASURES = {"step": step, "epoch": epoch, "decode": decode, "memory": memory, "deploy": deploy,
             "padding": padding, "loading": loading,
             "start": starting, "growth": growth, "teacher-speed": teacher_speed,
             "teacher-resume": teacher_resume, "sharded-memory": sharded_memory}  # fmt: skip
-AGAINST = ("step", "epoch", "decode", "memory", "loading", "start")  # need transformers
+AGAINST = ("step", "epoch", "decode", "deploy", "memory", "loading", "start")  # need transformers
 CHILDREN = {"step": child_step, "load": child_load, "first_step": child_first_step,
             "first_prediction": child_first_prediction, "growth": child_growth,
             "examples": child_examples}  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 DEMO = Path(__file__).parents[1] / "demo"
-SPLITS = {"train": 300, "valid": 200, "test": 1000}
+SPLITS = {"train": 600, "valid": 200, "test": 1000}
 JSONL = (*SPLITS, "pool", "weak")
 WRITTEN_WITH = "0.2.3"  # the sentencepiece that trained the bundled vocabulary
 
@@ -59,34 +59,35 @@ def test_sizes_ids_and_keys(files):
         assert [row[key] for row in files["weak"]] == [row[key] for row in splits]
 
 
-def decision(days: int, state: str, category: str, member: bool) -> str:
-    """The policy once more, as a table: (sealed, in time, household, member) to a decision."""
-    table = {
-        "1111": "refund", "1110": "refund", "1101": "refund", "1100": "refund",
-        "1011": "exchange", "1010": "voucher", "1001": "exchange", "1000": "voucher",
-        "0111": "exchange", "0110": "exchange", "0101": "voucher", "0100": "refuse",
-        "0011": "voucher", "0010": "refuse", "0001": "voucher", "0000": "refuse",
-    }  # fmt: skip
-    facts = (state == "sealed", days <= 30, category == "household", member)
-    return table["".join(str(int(fact)) for fact in facts)]
+RULES = """
+         faulty   unwanted misdelivered
+kitchen  exchange voucher  refund
+clothing refund   exchange voucher
+toy      voucher  refuse   exchange
+garden   refuse   refund   refuse
+"""
 
 
 def test_labels_are_what_the_policy_says(files):
+    """The rules once more, as a table. Neither fact alone decides."""
+    matters, *rows = map(str.split, RULES.strip().splitlines())
     for split in SPLITS:
         for row in files[split]:
-            assert row["label"] == decision(**row["facts"]), row
+            department = next(r for r in rows if r[0] == row["facts"]["department"])
+            assert row["label"] == department[1 + matters.index(row["facts"]["matter"])], row
+            assert not any(fact in row["input"] for fact in row["facts"].values())
     assert all(row["label"] is None for row in files["pool"])
 
 
 def test_the_most_frequent_label_and_the_teachers_mistakes(files):
-    """A student that always gives that label is right on about a third."""
+    """A student that always gives that label is right on about a quarter."""
     for name, (fewest, most) in {
         **dict.fromkeys(SPLITS, (0.05, 0.08)),
         "weak": (0.25, 0.3),
     }.items():
         rows = files[name]
         count = Counter(row["label"] for row in rows)
-        assert len(count) == 4 and max(count.values()) <= 0.37 * len(rows)
+        assert len(count) == 4 and max(count.values()) <= 0.31 * len(rows)
         answered = [row for row in rows if row["teacher_label"]]
         assert 0.92 < len(answered) / len(rows) < 0.99
         wrong = sum(row["teacher_label"] != row["label"] for row in answered)
