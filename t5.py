@@ -133,9 +133,8 @@ class T5Config:
         act, gated = ACTIVATIONS[config.feed_forward_proj]
         for key, allowed in {**ONLY, "dense_act_fn": (act,), "is_gated_act": (gated,)}.items():
             if key in raw and raw[key] not in allowed:
-                raise ValueError(
-                    f"{key} {raw[key]!r} in the config is not implemented; allowed: {allowed[0]!r}"
-                )
+                what = f"{key} {raw[key]!r} in the config"
+                raise ValueError(f"{what} is not implemented; allowed: {allowed[0]!r}")
         return config
 
     def to_dict(self) -> dict:
@@ -590,12 +589,9 @@ RENAMES = {
     r"(decoder)\.blocks\.(\d+)\.ff\.": r"\1.block.\2.layer.2.DenseReluDense.",
     r"(decoder)\.blocks\.(\d+)\.ff_norm\.": r"\1.block.\2.layer.2.layer_norm.",
 }
-# Other names under which checkpoints repeat a tensor, and what old ones hold that is never used.
-ALIASES = {
-    "encoder.embed_tokens.weight": "shared.weight",
-    "decoder.embed_tokens.weight": "shared.weight",
-    "lm_head.weight": "shared.weight",  # where tied
-}
+# Other names under which checkpoints repeat "shared.weight" (the head where it is tied), and what
+# old ones hold that is never used.
+REPEATS = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
 IGNORED = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 
 
@@ -674,31 +670,29 @@ def refuse_stand_in(path: Path) -> None:
 def match_names(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint that are the model's parameters, by Hugging Face's names.
 
-    Raises ValueError unless each tensor is a parameter, a known alias (equal to what it repeats)
-    or on the short ignore list, and each parameter is found, in its shape and as floats.
+    Raises ValueError unless each tensor is a parameter, a repeated embedding (equal to it) or
+    on the short ignore list, and each parameter is found, in its shape and as floats.
     """
     parameters = {hf_name(name): p for name, p in model.named_parameters()}
     found = {name: tensors[name] for name in parameters if name in tensors}
-    repeats = {n: ALIASES[n] for n in tensors if n in ALIASES and n not in parameters}
-    for name, original in repeats.items():
-        found.setdefault(original, tensors[name])
+    repeats = sorted(REPEATS & tensors.keys() - parameters.keys())
+    for name in repeats:
+        found.setdefault("shared.weight", tensors[name])
     missing = sorted(parameters.keys() - found.keys())
-    left_over = sorted(tensors.keys() - parameters.keys() - ALIASES.keys() - IGNORED)
+    left_over = sorted(tensors.keys() - parameters.keys() - REPEATS - IGNORED)
     if missing or left_over:
         raise ValueError(
             f"{folder} does not fit its config.json: missing {show(missing)}; "
             f"left over {show(left_over)}"
         )
     for name, parameter in parameters.items():
-        shape, dtype = tuple(found[name].shape), found[name].dtype
-        if shape != tuple(parameter.shape) or not dtype.is_floating_point:
-            raise ValueError(
-                f"{folder}: {name} is {dtype} {shape}, but its config.json asks for "
-                f"float {tuple(parameter.shape)}"
-            )
-    for name, original in repeats.items():
-        if not equal(tensors[name], found[original]):
-            raise ValueError(f"{folder}: {name} differs from {original}, which it should repeat")
+        tensor, shape = found[name], tuple(parameter.shape)
+        if tensor.shape != shape or not tensor.is_floating_point():
+            what = f"{name} is {tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{folder}: {what}, but its config.json asks for float {shape}")
+    for name in repeats:
+        if not equal(tensors[name], found["shared.weight"]):
+            raise ValueError(f"{folder}: {name} differs from shared.weight, which it should repeat")
     return found
 
 
