@@ -486,9 +486,10 @@ def other_form(path: Path | str, content: bytes, csv: bool = False) -> str:
     try:
         text = content.decode(UTF8).strip()
     except UnicodeDecodeError:
-        encoding = "LATIN1" if encoding.startswith("UTF-8") else encoding
+        encoding = "latin-1" if encoding.startswith("UTF-8") else encoding
     if not encoding.startswith("UTF-8"):
-        convert = f"`iconv -f {encoding} -t UTF-8 {name} > new`"
+        known = encoding.replace("latin-1", "LATIN1")  # iconv's name
+        convert = f"`iconv -f {known} -t UTF-8 {name} > new`"
         return f"not UTF-8; it looks like {encoding}; convert it: {convert}"
     with contextlib.suppress(ValueError, RecursionError):
         if text.startswith("[") and isinstance(json.loads(text), list):

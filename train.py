@@ -94,8 +94,8 @@ RECIPES = {
     "xl": dict(PAPER_XXL, micro_tokens=10_240),
     "xxl": dict(PAPER_XXL, micro_tokens=5_120),
 }
-# The bundled task's recipe was chosen by accuracy on valid (demo/README.md). Labels alone have one row
-# an example and step-by-step two, so that more steps still end within three minutes.
+# The bundled task's recipe was chosen by accuracy on valid (demo/README.md). Labels alone have one
+# row an example, step-by-step two: more steps of labels alone still end within three minutes.
 STEPS_FOR_LABELS_ALONE = {"tiny": 1000}
 # The fixed cost of a micro-batch, as a number of padded tokens that take the same time. On a GPU:
 # kernel launches, casts of weights, sums of gradients (estimated; about the same for all sizes); on

@@ -507,10 +507,12 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--dry-run", action="store_true", help="say what would be run, and stop")
     add("--quick", action="store_true", help="one seed, two fractions, 40 steps: does it run")
     args, rest = parser.parse_known_args(argv)
-    given = vars(train.parse_args(rest))
+    flags, unused = vars(train.parse_args(rest)), vars(train.parse_args([]))
     for flag in NOT_FOR_A_GRID:
-        if flag.replace("-", "_") in given:
+        name = flag.replace("-", "_")
+        if flags.get(name) != unused.get(name):
             raise UserError(f"--{flag} is not for a grid; allowed: train.py's other flags")
+    given = {name: value for name, value in flags.items() if name not in unused}
     for flag in ("seeds", "workers"):
         value = getattr(args, flag)
         if value is not None and value < 1:

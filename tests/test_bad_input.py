@@ -11,6 +11,7 @@ from conftest import ROOT, run, write_jsonl
 
 import eval as evaluation
 import train
+from data import Tokenizer
 from t5 import T5, T5Config
 
 PROGRAMS = ["train.py", "eval.py", "teacher.py", "scripts/reproduce.py", "demo/make_demo.py"]
@@ -96,7 +97,7 @@ def test_weights_folders(refuse, tmp_path):
     T5(T5Config(**shape)).save_pretrained(tmp_path / "w")
     error = refuse("--weights", "w", "--size", "small", "--dataset", "demo")
     assert "--size small" in error and "76,9" not in error, "with this vocabulary"
-    top = 505 + 100
+    top = Tokenizer(train.DEMO_VOCABULARY).vocab_size - 1
     new = {"added_tokens": [{"id": 7, "content": "<nl>"}]}
     old = {"<extra_id_0>": top, "<nl>": top + 1}
     for name, content in (("added_tokens.json", old), ("tokenizer.json", new)):

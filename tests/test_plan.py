@@ -42,7 +42,7 @@ def test_xxl_on_sixteen_gpus():
 
 def test_a_run_with_data_is_counted_from_them(tmp_path):
     p = planned("--gpus", 2)
-    assert p["examples"] == 300 and p["epochs"] == pytest.approx(700 * 32 / 300)
+    assert p["examples"] == 600 and p["epochs"] == pytest.approx(700 * 32 / 600)
     assert p["truncated_share"] == 0 and not p["assumed"] and p["parallel"] == "ddp"
     assert 0.5 * p["padded_tokens_per_step"] < p["real_tokens_per_step"]
     assert p["real_tokens_per_step"] <= p["padded_tokens_per_step"] < 32 * 2 * 300

@@ -22,7 +22,8 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FORKING = README.split("\n## Forking")[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", FORKING, re.DOTALL)
 OTHER = {"out", "resume", "plan", "gpus", "json", "timeout"}  # of train.py's flags
 SHORT = "--steps 4 --batch-size 6 --eval-every 2".split()
 
