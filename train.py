@@ -73,7 +73,7 @@ from data import (
     write_json,
     write_jsonl,
 )
-from dsbs import METHODS, PREFIXES, TARGETS, make_rows, multitask_loss, wanted_label
+from dsbs import METHODS, PREFIXES, TARGETS, Row, make_rows, multitask_loss, wanted_label
 from eval import Interrupted, RunError, Student, print0, rank_and_world
 from t5 import shift_right
 
@@ -675,19 +675,9 @@ def prepare(c: Config) -> Data:
     bare = sum(not e.rationale for e in usable) if c.method != "standard" else 0
     if bare == len(usable):
         raise UserError(f"--method {c.method} needs rationales, no example has any: --rationales")
-    gold = [e.label for e in everything + valid + test]
-    wanted = [wanted_label(e, c.labels) for e in usable]
-    inputs = [e.input for e in everything]
-    warnings = check_labels(get_task(c.dataset), tokenizer, gold + wanted, inputs)
     # One row for each example and task, as token ids; and what a user should know about them.
     made = make_rows(usable, c.method, c.labels, c.prefixes, c.dataset)
     rows = tokenize_rows(made, tokenizer)
-    texts = (text for row in made if rows.unknown_tokens for text in (row.source, row.target))
-    unknown = " ".join(unknown_characters(texts, tokenizer))
-
-    def share(part: int, whole: int) -> str:
-        return f"{part:,} ({100 * part / whole:.2f} %)"
-
     notes = [
         f"data: {c.dataset}, {len(own):,} of {len(everything):,} training examples "
         f"(fraction {c.fraction:g}), {len(valid):,} valid, {len(test):,} test"
@@ -696,16 +686,32 @@ def prepare(c: Config) -> Data:
         f"without rationale: {bare:,}; "
         f"teacher labels outside the set: {counts['teacher_labels_dropped']:,}; "
         f"teacher answers without an example: {counts['teacher_ids_unmatched']:,}",
-        f"rows: {len(rows):,}; truncated sources {share(rows.truncated_sources, len(rows))}, "
-        f"targets {share(rows.truncated_targets, len(rows))}; "
-        f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}"
-        + (f", above all of {unknown}" if unknown else ""),
-        *warnings,
+        describe_rows(rows, made, tokenizer),
     ]
+    examples = everything + valid + test
+    wanted = [wanted_label(e, c.labels) for e in usable]
+    labels, inputs = [e.label for e in examples] + wanted, [e.input for e in examples]
+    notes += check_labels(get_task(c.dataset), tokenizer, labels, inputs)
     if counts["labels_stripped"]:
         notes.append(f"warning: space around {counts['labels_stripped']:,} labels was cut")
     majority = Counter(wanted).most_common(1)[0][0]
     return Data(tokenizer, rows, [e.id for e in usable], valid, test, majority, notes)
+
+
+def describe_rows(rows: TokenRows, made: list[Row], tokenizer: Tokenizer) -> str:
+    """Says how many of the rows `made` were cut, and what in them the vocabulary lacks."""
+
+    def share(part: int, whole: int) -> str:
+        return f"{part:,} ({100 * part / whole:.2f} %)"
+
+    texts = (text for row in made if rows.unknown_tokens for text in (row.source, row.target))
+    unknown = " ".join(unknown_characters(texts, tokenizer))
+    return (
+        f"rows: {len(rows):,}; truncated sources {share(rows.truncated_sources, len(rows))}, "
+        f"targets {share(rows.truncated_targets, len(rows))}; "
+        f"unknown tokens {share(rows.unknown_tokens, rows.total_tokens)}"
+        + (f", above all of {unknown}" if unknown else "")
+    )
 
 
 # --------------------------------------------------------------------------------------- model
