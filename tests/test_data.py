@@ -516,10 +516,11 @@ WHOLE = {
     "(7 - 2) * (3 + 1) / 2": "(7 - 2) * (3 + 1) / 2", "$2,450.50": "2450.50", "-3": "-3",
     "7 - 2 = 5 apples": "5", "**12** red pens": "12", "8 x $3 = $24": "24", "6÷2": "3",
     "12 km/h. That is 3 times more": "12", "`(5 + 1) * 2`": "12", "$7$": "7", "35%": "35",
+    "3 *-4* -5 apples": "60",
 }  # fmt: skip
 PARTS = ["7 or 8", "7 - y", "2(3 + 4)", "7^2", "7**2", "2 ** -1", "7 = 8", "(1 + 2) and (3)",
          "2 million", "4 + 3 less two", "9x", "1,23", "7 1/2", "50 * 20%", "(7", "7\n+ 2",
-         "3 dozen", "7, 8", "about 7", "7 (not 8)", "3 *-4* -5 y"]  # fmt: skip
+         "3 dozen", "7, 8", "about 7", "7 (not 8)", "3 *-4* -5 y", "7²", "2x - 3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", [*WHOLE, *PARTS])
@@ -538,7 +539,9 @@ ROWS = [example(i, "yes" if i % 2 else "né") for i in range(4)]
 FORMS = {
     "JSON array": json.dumps(ROWS, indent=1).encode(),
     "UTF-16": "".join(json.dumps(row) + "\n" for row in ROWS).encode("utf-16"),
-    "LATIN1": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode("latin-1"),
+    "latin-1": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode(
+        "latin-1"
+    ),
     "CSV": ("id,input,label\n" + "".join(f"{r['id']},{r['input']},né\n" for r in ROWS)).encode(),
 }
 
