@@ -62,12 +62,13 @@ def main() -> None:
     before = losses()
     logits = model(batch["input_ids"], batch["attention_mask"], start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
         optimizer.zero_grad()
         losses().total.backward()
         optimizer.step()
     after = losses()
-    ids = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=80)
+    ids = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=100)
     label, explanation = (tokenizer.decode(row.tolist()) for row in ids)
 
     ids_in, ids_out, ids_start = (row.tolist()[:8] for row in (
@@ -170,8 +171,8 @@ A student that gave all {width} ids the same probability would have ln {width} =
 
 ## 7. Training (`train.py`)
 
-A run does this with hundreds of problems. Here are {STEPS} steps of AdamW (learning rate 1e-3, no
-dropout) on this one alone, after which L_label is {after.label:.2f} and L_rationale is
+A run does this with hundreds of problems. Here are {STEPS} steps of AdamW (learning rate from 1e-3 to
+0, no dropout) on this one alone, after which L_label is {after.label:.2f} and L_rationale is
 {after.rationale:.2f}: it is known by heart, which says nothing of other problems.
 
 ## 8. Prediction and score (`t5.py`: `generate`; `data.py`: `is_correct`)
