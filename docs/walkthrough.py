@@ -171,8 +171,8 @@ A student that gave all {width} ids the same probability would have ln {width} =
 
 ## 7. Training (`train.py`)
 
-A run does this with hundreds of problems. Here are {STEPS} steps of AdamW (learning rate from 1e-3 to
-0, no dropout) on this one alone, after which L_label is {after.label:.2f} and L_rationale is
+A run does this with hundreds of problems. Here are {STEPS} steps of AdamW (learning rate from 1e-3
+to 0, no dropout) on this one alone, after which L_label is {after.label:.2f} and L_rationale is
 {after.rationale:.2f}: it is known by heart, which says nothing of other problems.
 
 ## 8. Prediction and score (`t5.py`: `generate`; `data.py`: `is_correct`)
