@@ -632,7 +632,9 @@ CHOICE = re.compile(rf"([{OPENING}]*)\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*(.*)
 STOP = re.compile(
     rf"(?:(?<!\.[A-Za-z])(?<!\b[DMS][rst])|(?=.[{CLOSING}]*$))\.([{CLOSING}]*)(?:\s|$).*"
 )
-EMPHASIS = re.compile(r"(?<!\S)([*_`]+|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])")
+EMPHASIS = re.compile(
+    r"(?<!\S)([*_`]+(?![*_`])|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])"
+)
 LONE = re.compile(r"^[*_`\"“]+|[*_`\"”]+$")
 # How others write numbers: 1,000 for 1000, $5, 3 x 4, and 5 red apples.
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
