@@ -128,7 +128,9 @@ class Config:
 
     # The student and its data.
     size: str = flag("tiny", "size of the student", RECIPES)
-    weights: str | None = flag(None, "T5 folder or random; default weights/t5-v1_1-SIZE")
+    weights: str | None = flag(
+        None, "T5 folder or random; default weights/t5-v1_1-SIZE, for tiny random"
+    )
     dataset: str | None = flag(
         None, "svamp, cqa, esnli, anli1, demo or a folder of *.jsonl; default esnli, for tiny demo"
     )
