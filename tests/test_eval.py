@@ -160,16 +160,6 @@ def test_a_byte_order_mark_is_passed_over_and_other_forms_are_named(ask, student
     assert len(jsonl_of(ask(student, "--predict", path).out)) == 2
 
 
-@pytest.mark.parametrize("line, reason", [
-    ('{"id": "a"}', "'input'"), ('{"input": 3}', "input 3 is neither"), ("nonsense", "Expecting"),
-])  # fmt: skip
-def test_bad_lines_to_predict(ask, students, tmp_path, line, reason):
-    path = tmp_path / "in.jsonl"
-    path.write_text('{"input": "fine"}\n' + line + "\n")
-    done = ask(students / "standard" / "best", "--predict", path, check=2)
-    assert f"{path}:2:" in done.err and reason in done.err and done.out == ""
-
-
 def test_explain_needs_a_student_that_learnt_to(ask, students):
     error = ask(students / "standard" / "best", "--predict", "-", "--explain", check=2).err
     assert "trained with standard" in error and "step-by-step" in error

@@ -4,7 +4,6 @@ was asked and answered, and the files on disk."""
 import email.utils
 import gzip
 import json
-import os
 import re
 import resource
 import signal
@@ -15,7 +14,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import REAL, ROOT, command, environment, read_jsonl, run
+from conftest import REAL, ROOT, command, environment, read_jsonl
 from server import COLOURS, FAULTS, Server, completion
 from server import answer as default_answer
 
@@ -188,16 +187,6 @@ def test_a_prompt_in_another_encoding(room):
         assert prompt.shots[1][1] == "Milk is\nplainly white. So the answer is white."
 
 
-def test_a_missing_prompt_shows_the_format_which_works(room):
-    path = room.folder / "prompt.txt"
-    path.unlink()
-    said = room.ask(NOBODY, status=2).err
-    assert str(path) in said and "--shots 0" in said
-    shown = said.split("form:\n")[1].replace("Q: the next ...", "").replace("LABEL", "red")
-    path.write_text(shown.replace("BLUE", "red"))
-    assert len(teacher.read_prompt(str(room.folder)).shots) == 1
-
-
 def test_what_is_sent_with_demonstrations(room):
     with Server() as server:
         room.ask(server, "--limit", 1)
@@ -235,20 +224,6 @@ def test_zero_shot(room, file):
         assert part in text
     assert ("Say which colour" in text) == file
     assert room.report()["accuracy"] == 1
-
-
-def test_zero_shot_labels_may_occur_in_the_marker(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"id": "1", "input": "which?", "label": "a"}\n')
-    (tmp_path / "task.json").write_text('{"labels": ["a", "b"]}')
-    instruction = teacher.read_prompt(str(tmp_path), shots=0).instruction
-    assert instruction.endswith("one of: a, b. Think step by step, then end in this form: "
-                                "So the answer is LABEL.")  # fmt: skip
-
-
-def test_a_pair_is_named():
-    prompt = teacher.read_prompt("esnli")
-    assert prompt.question(("A man.", "He.")) == "Premise: A man.\nHypothesis: He."
-    assert prompt.text(("A man.", "He.")).endswith("Premise: A man.\nHypothesis: He.\nA:")
 
 
 # ---- The client: where and how -------------------------------------------------------------------
@@ -298,12 +273,6 @@ def test_a_proxy_of_the_environment_is_used_and_named(room, monkeypatch):
         said = room.ask(None, *words, status=2).err
     assert {ask.path for ask in server.seen} == {"http://teacher.invalid/v1/chat/completions"}
     assert f"proxy {server.root}" in said and "Access denied" in said and "pass1234" not in said
-
-
-def test_a_dead_proxy_is_named(room, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    words = ["--model", "m", "--base-url", "http://teacher.invalid/v1"]
-    assert "proxy http://127.0.0.1:9" in room.ask(None, *words, status=3).err
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -872,25 +841,6 @@ def test_a_malformed_line_is_told_with_its_place(room, line):
         assert room.raw.read_bytes() == before and len(server.seen) == 3
 
 
-def test_a_file_that_is_no_log(room):
-    room.raw.write_text("dear diary")
-    with Server() as server:
-        assert "no line of a raw log" in room.ask(server, status=2).err
-    assert room.raw.read_text() == "dear diary" and not server.seen
-    room.raw.unlink()
-    assert "out.raw.jsonl" in room.ask(None, "--parse-only", status=2).err
-
-
-def test_two_processes_exclude_each_other(room):
-    with Server(latency=0.15) as server:
-        process = room.start(server)
-        wait_until(lambda: server.seen)
-        assert "in use by another process" in room.ask(server, status=2).err
-        room.ask(None, "--parse-only")  # reading is no harm
-        process.communicate()
-    assert process.returncode == 0 and set(server.asked().values()) == {1}
-
-
 @pytest.mark.parametrize("change, said", [
     (["--model", "other"], "model m there, other here"), (["--temperature", "0.5"], "temperature"),
     (["--seed", "7"], "seed"), (["--api", "completions"], "api chat there, completions here"),
@@ -925,17 +875,6 @@ def test_a_full_disk_loses_nothing(room):
 
 
 # ---- What is asked, and what becomes of it -------------------------------------------------------
-
-
-def test_limit_and_then_the_rest(room):
-    with Server() as server:
-        room.ask(server, "--limit", 5)
-        assert set(server.asked()) == {question(i) for i in range(5)}
-        assert room.report()["settled"] == 5
-        room.ask(server, "--limit", 5)
-        assert len(server.seen) == 5
-        room.ask(server)
-    assert len(server.seen) == 24 and set(server.answered().values()) == {1}
 
 
 def test_samples(room):
@@ -1044,30 +983,6 @@ def test_the_printed_command_goes_on(room):
     assert room.report()["failed"] == 0
 
 
-def test_without_labels_there_is_no_accuracy(room):
-    make_folder(room.folder, 6, labels=False)
-    with Server() as server:
-        assert "accuracy" not in room.ask(server).out
-    assert room.report()["accuracy"] is None and len(read_jsonl(room.out)) == 6
-
-
-def test_derived_files_are_never_half_written(room, monkeypatch):
-    with Server() as server:
-        room.ask(server, "--limit", 3)
-    before = room.out.read_bytes()
-    replaced = []
-
-    def replace(beside, path):
-        replaced.append((len(read_jsonl(beside)) if path == room.out else 1, path.read_bytes()))
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as m:
-        m.setattr(teacher.os, "replace", replace)
-        assert "--parse-only" in room.ask(None, "--parse-only", "--keep", "all", status=2).err
-    assert replaced == [(3, before)] and room.out.read_bytes() == before
-    assert not list(room.path.glob("*.tmp"))
-
-
 @pytest.mark.parametrize("words, parts", [
     ("--samples 0", ["--samples 0"]), ("--concurrency 0", ["--concurrency 0"]),
     ("--timeout 0", ["--timeout"]), ("--timeout nan", ["nan"]), ("--temperature -1", ["-1"]),
@@ -1094,11 +1009,3 @@ def test_released_completions_score_as_published(name, split, accuracy, tmp_path
     report = json.loads((tmp_path / "palm.report.json").read_text())
     assert f"{report['accuracy']:.4f}" == accuracy
     assert report["completions"] == "palm" and report["unparsed"] < report["scored"] / 10
-
-
-def test_the_command_itself(room):
-    """Exit status, streams and progress as a user has them."""
-    with Server() as server:
-        done = run("teacher.py", *room.words(server, "--concurrency", 32))
-    assert len(room.log()) == 24 and "24 examples" in done.stdout and done.stderr == ""
-    assert os.access(room.out, os.R_OK)
