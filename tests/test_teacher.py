@@ -841,6 +841,16 @@ def test_a_malformed_line_is_told_with_its_place(room, line):
         assert room.raw.read_bytes() == before and len(server.seen) == 3
 
 
+def test_two_processes_exclude_each_other(room):
+    with Server(latency=0.15) as server:
+        process = room.start(server)
+        wait_until(lambda: server.seen)
+        assert "in use by another process" in room.ask(server, status=2).err
+        room.ask(None, "--parse-only")  # reading is no harm
+        process.communicate()
+    assert process.returncode == 0 and set(server.asked().values()) == {1}
+
+
 @pytest.mark.parametrize("change, said", [
     (["--model", "other"], "model m there, other here"), (["--temperature", "0.5"], "temperature"),
     (["--seed", "7"], "seed"), (["--api", "completions"], "api chat there, completions here"),
