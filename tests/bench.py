@@ -46,7 +46,7 @@ def teacher_command(url: str, *words: object) -> list[str]:
 
 
 def watch(command: list[str], until=lambda: False) -> tuple[float, float | None, list[float]]:
-    """(seconds to the end, seconds until `until()`, resident GiB every 0.1 s) of a command."""
+    """(seconds to the end, seconds until `until()`, resident GiB every 20 ms) of a command."""
     start, reached, resident = time.perf_counter(), None, []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as p:
         while p.poll() is None:
@@ -55,7 +55,7 @@ def watch(command: list[str], until=lambda: False) -> tuple[float, float | None,
             resident += [size / (1 << 20) for size in sizes]
             if reached is None and until():
                 reached = time.perf_counter() - start
-            time.sleep(0.1)
+            time.sleep(0.02)
         assert p.returncode == 0, p.stdout.read().decode()
     return time.perf_counter() - start, reached, resident
 
