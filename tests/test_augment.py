@@ -78,16 +78,3 @@ def test_it_trains_to_a_result(root, call):
     hashed = {name.rsplit("/", 1)[-1] for name in about["data_sha256"]}
     assert {"ASDiv.xml", "asdiv.jsonl", "svamp.jsonl", "svamp_train.json"} <= hashed
     assert "is finished" in call(train.main, *words).out
-
-
-@pytest.mark.parametrize("words, said", [
-    ("svamp --augment cqa", "allowed: asdiv"),
-    ("demo --augment asdiv", "allowed: svamp"),
-    ("svamp --augment asdiv", "teacher.py --dataset asdiv"),
-    ("svamp --rationales palm x.jsonl", "both together"),
-    ("svamp --augment asdiv --rationales x.jsonl --augment-fraction 0", "--augment-fraction 0"),
-])  # fmt: skip
-def test_mistakes_are_one_line(root, call, words, said):
-    words = ["--data-root", root, "--out", root / "run", "--dataset", *words.split()]
-    error = call(train.main, *words, check=2).err
-    assert said in error and error.count("\n") == 1 and not (root / "run").exists()

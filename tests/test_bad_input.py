@@ -55,6 +55,11 @@ def refuse(call, tmp_path, monkeypatch):
     ("--dataset svamp", ["svamp_train.json", "github.com/google-research/distilling-step-by-step"]),
     ("--rationales human", ["'human'", "demo", "files"]),
     ("--rationales nowhere.jsonl", ["nowhere.jsonl"]),
+    ("--dataset svamp --augment cqa", ["allowed: asdiv"]),
+    ("--augment asdiv", ["allowed: svamp"]),
+    ("--dataset svamp --augment asdiv", ["teacher.py --dataset asdiv"]),
+    ("--dataset svamp --rationales palm x.jsonl", ["both together"]),
+    ("--augment-fraction 0", ["--augment-fraction 0"]),
     ("--gpus 2", ["--plan"]),
     ("--plan --gpus 0", ["--gpus 0"]),
     ("--plan --gpus 2 --parallel none", ["ddp, fsdp"]),
@@ -150,11 +155,6 @@ def test_a_driver_that_torch_cannot_use_is_warned_of(tmp_path, monkeypatch, caps
     for device, warned in (("cpu", 0), (None, 1), (None, 0)):
         assert evaluation.choose_device(device).type == "cpu"
         assert capsys.readouterr().err.count("warning: ") == warned
-
-
-def test_a_folder_that_can_not_be_written(refuse, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "file/run" in refuse("--out", tmp_path / "file" / "run")
 
 
 def test_processes_that_would_train_a_model_each(monkeypatch):

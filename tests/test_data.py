@@ -419,50 +419,32 @@ ANLI = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "completion", "expected"),
-    [
-        (name, *case)
-        for name, cases in (("svamp", SVAMP), ("cqa", CQA), ("esnli", ESNLI), ("anli1", ANLI))
-        for case in cases
-    ],
-)
-def test_completions(name: str, completion: str, expected: tuple | None) -> None:
-    assert parse_completion(name, completion) == expected
+CLOSED = [
+    ("r So the answer is yes.", ("r", "yes")),
+    ("r So the answer is yes. No doubt, no.", ("r", "yes")),
+    ("r So the answer is yes, in part.", ("r", "yes, in part")),
+    ("r So the answer is no-go.", ("r", "no-go")),
+    ("r So the answer is v1.0 (old). Beta.", ("r", "v1.0 (old). Beta")),
+    ("r So the answer is yes or no.", None),
+    ("r So the answer is yes.\nInput: x\nSo the answer is no.", ("r", "yes")),
+    ("r So the answer is yes.\n\nSo the answer is no.", ("r", "yes")),
+    ("r Thus\nso: So the\nanswer is yes.", ("r Thus\nso:", "yes")),
+    ("r AlSo the answer is yes.", None),
+]
+FREE = [
+    ("r So the answer is a green hat. It is not blue.", ("r", "a green hat")),
+    ("r So the answer is 42. I hope this helps!", ("r", "42")),
+    ("r So the answer is the U.S. Congress.", ("r", "the U.S. Congress")),
+    ("r So the answer is version 1.2 (beta) of a.b.c.", ("r", "version 1.2 (beta) of a.b.c")),
+    ("r So the answer is a hat.\nQuestion: x\nSo the answer is b.", ("r", "a hat")),
+]
+CASES = dict(svamp=SVAMP, cqa=CQA, esnli=ESNLI, anli1=ANLI, closed=CLOSED, free=FREE)
 
 
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        ("r So the answer is yes.", ("r", "yes")),
-        ("r So the answer is yes. No doubt, no.", ("r", "yes")),
-        ("r So the answer is yes, in part.", ("r", "yes, in part")),
-        ("r So the answer is no-go.", ("r", "no-go")),
-        ("r So the answer is v1.0 (old). Beta.", ("r", "v1.0 (old). Beta")),
-        ("r So the answer is yes or no.", None),
-        ("r So the answer is yes.\nInput: x\nSo the answer is no.", ("r", "yes")),
-        ("r So the answer is yes.\n\nSo the answer is no.", ("r", "yes")),
-        ("r Thus\nso: So the\nanswer is yes.", ("r Thus\nso:", "yes")),
-        ("r AlSo the answer is yes.", None),
-    ],
-)
-def test_completions_of_a_closed_set(closed: str, completion: str, expected) -> None:
-    assert parse_completion(closed, completion) == expected
-
-
-@pytest.mark.parametrize(
-    ("completion", "label"),
-    [
-        ("So the answer is a green hat. It is not blue.", "a green hat"),
-        ("So the answer is 42. I hope this helps!", "42"),
-        ("So the answer is the U.S. Congress.", "the U.S. Congress"),
-        ("So the answer is version 1.2 (beta) of a.b.c.", "version 1.2 (beta) of a.b.c"),
-        ("So the answer is a hat.\nQuestion: x\nSo the answer is b.", "a hat"),
-    ],
-)
-def test_completions_of_free_text(closed: str, completion: str, label: str) -> None:
-    free = replace(get_task(closed), labels=None)
-    assert parse_completion(free, f"r {completion}") == ("r", label)
+@pytest.mark.parametrize("name, case", [(name, c) for name, cases in CASES.items() for c in cases])
+def test_completions(closed: str, name: str, case: tuple) -> None:
+    own = {"closed": closed, "free": replace(get_task(closed), labels=None)}
+    assert parse_completion(own.get(name, name), case[0]) == case[1]
 
 
 def test_answers_are_written_as_they_are_read(closed: str) -> None:
@@ -491,8 +473,8 @@ def test_hostile_completions_are_quick() -> None:
                  "*", "\n>", "1,", "$1 x ", "a b ", "=", '"a" '):  # fmt: skip
         for name in ("svamp", "cqa", "esnli", "anli1"):
             for start in ("", TASKS[name].marker):
-                short, long = (seconds(name, start + junk * n) for n in (200, 2_000))
-                assert long < 30 * short + 0.05, (name, start, junk)
+                short, long = (seconds(name, start + junk * n) for n in (500, 2_000))
+                assert long < 8 * short + 0.05, (name, start, junk)
 
 
 @pytest.mark.parametrize("completion", [

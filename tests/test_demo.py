@@ -1,6 +1,5 @@
 """The bundled task: its script gives the bundled bytes, and the task is what it says it is."""
 
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from conftest import read_jsonl
 
 DEMO = Path(__file__).parents[1] / "demo"
 SPLITS = {"train": 600, "valid": 200, "test": 1000}
@@ -15,13 +15,9 @@ JSONL = (*SPLITS, "pool", "weak")
 WRITTEN_WITH = "0.2.3"  # the sentencepiece that trained the bundled vocabulary
 
 
-def read(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DEMO / f"{name}.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def files() -> dict[str, list[dict]]:
-    return {name: read(name) for name in JSONL}
+    return {name: read_jsonl(DEMO / f"{name}.jsonl") for name in JSONL}
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +88,3 @@ def test_the_most_frequent_label_and_the_teachers_mistakes(files):
         assert 0.92 < len(answered) / len(rows) < 0.99
         wrong = sum(row["teacher_label"] != row["label"] for row in answered)
         assert fewest <= wrong / len(rows) <= most
-
-
-def test_vocabulary(files, vocabulary):
-    """T5's special ids, bytes, every printable character, and no unknown or byte in the task."""
-    v = vocabulary
-    assert (v.pad_id(), v.eos_id(), v.unk_id(), v.bos_id()) == (0, 1, 2, -1)
-    assert sum(map(v.is_byte, range(v.vocab_size()))) == 256
-    assert all(v.piece_to_id(chr(code)) != v.unk_id() for code in range(33, 127))
-    assert v.decode(v.encode("Größe 7 €")) == "Größe 7 €"
-    texts = {row[key] for rows in files.values() for row in rows for key in ("input", "rationale")}
-    texts |= {"[label] x", "[rationale] x", "predict: x", "explain: x"}
-    texts |= {f"So the answer is {row['label']}." for row in files["train"]}
-    for text in filter(None, texts):
-        ids = v.encode(text)
-        assert not any(i == v.unk_id() or v.is_byte(i) for i in ids), text
-        assert v.decode(ids) == text and len(ids) <= 64

@@ -1,4 +1,4 @@
-"""Who may import whom, and what no file does."""
+"""Who may import whom."""
 
 import ast
 import subprocess
@@ -40,11 +40,3 @@ def test_imports_run_one_way(path):
 def test_no_torch_where_none_is_needed(name):
     code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_a_file_says_what_it_owns_and_executes_no_text(path):
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree)
-    called = {getattr(getattr(node, "func", None), "id", None) for node in ast.walk(tree)}
-    assert not called & {"eval", "exec"}

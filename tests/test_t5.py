@@ -331,18 +331,6 @@ def test_norm_by_hand_in_float32_whatever_comes_in():
     torch.testing.assert_close(norm(x).double(), expected.double(), atol=1e-5, rtol=0)
 
 
-def test_neither_padding_nor_later_tokens_nor_other_rows_are_seen():
-    model = fresh(TIED)
-    ids, mask, labels = batch()
-    inputs = shift_right(labels)
-    logits = model(ids, mask, inputs)
-    later = torch.cat([inputs[:, :20], 60 - inputs[:, 20:]], dim=1)
-    close = dict(atol=1e-4, rtol=0)
-    torch.testing.assert_close(model(ids.where(mask > 0, 60 - ids), mask, inputs), logits, **close)
-    torch.testing.assert_close(model(ids, mask, later)[:, :20], logits[:, :20], **close)
-    torch.testing.assert_close(model(ids[:2], mask[:2], inputs[:2]), logits[:2], **close)
-
-
 @BOTH
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("source, target", [(40, 35), (1, 1)])
@@ -436,15 +424,6 @@ def test_a_malformed_config_is_refused(tmp_path, text):
     write(tmp_path, checkpoint())
     (tmp_path / "config.json").write_bytes(text.encode("latin1"))
     refused(tmp_path, "config.json")
-
-
-def test_a_folder_without_config_or_weights_is_refused(tmp_path):
-    write(tmp_path, checkpoint())
-    (tmp_path / "model.safetensors").unlink()
-    refused(tmp_path, "no weights", "model.safetensors", "pytorch_model.bin")
-    (tmp_path / "config.json").unlink()
-    refused(tmp_path, "no config.json")
-    refused(tmp_path / "nowhere", "no config.json")
 
 
 # ------------------------------------------------------------------------------------ weights

@@ -242,13 +242,6 @@ def test_the_base_url_is_used_as_given(room, monkeypatch, base, given):
     assert [ask.path for ask in server.seen] == paths
 
 
-def test_a_404_says_what_was_asked_and_suggests_v1(room):
-    with Server() as server:
-        said = room.ask(None, "--model", "m", "--base-url", server.root, status=2).err
-    assert server.root + "/chat/completions" in said and "/v1" in said and "Not Found" in said
-    assert len(server.seen) <= 8 and not room.log()
-
-
 @pytest.mark.parametrize("url, hint", [
     *((url, "http://localhost:8000/v1") for url in (
         "localhost:8000", "ftp://h/v1", "http://me:pass1234@h/v1", "http://h/v1?key=pass1234",
@@ -350,6 +343,7 @@ REFUSALS = [  # status, body, the server's words
     (403, error("Region not supported"), "Region not supported"),
     (403, "<html><h1>Forbidden by <b>us</b></h1></html>", "Forbidden by us"),
     (404, {"object": "error", "message": "The model `m` is gone"}, "The model `m` is gone"),
+    (404, {"detail": "Not Found"}, "a --base-url that ends in /v1"),
     (400, [{"error": {"code": 400, "message": "API key expired."}}], "API key expired."),
     (400, {"code": "invalid", "error": "Argument not supported: temperature"}, "not supported"),
     (400, error("Provider error", metadata={"raw": json.dumps(error("No `temperature`"))}),
@@ -556,15 +550,6 @@ def test_an_endless_retry_after_can_be_stopped(room, value):
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=20)
     assert process.returncode == 3 and "Traceback" not in said[1]
-
-
-def test_exhausted_retries_fail_one(room):
-    with Server(lambda ask: (500, {}, "") if number(ask.question) == 3 else None) as server:
-        said = room.ask(server, "--max-retries", 2, status=3)
-        assert server.asked()[question(3)] == 3 and server.asked()[question(4)] == 1
-        assert "1 failed" in said.err and room.report()["failed"] == 1
-        (line,) = (line for line in room.log() if line.get("error"))
-        assert line["id"] == "c3" and line["attempts"] == 3 and "HTTP 500" in line["error"]
 
 
 def test_an_outage_does_not_fail_everything(room):
@@ -907,18 +892,14 @@ def test_samples(room):
 @pytest.mark.parametrize("answers, chosen", [
     ("red blue blue", 1), ("red blue", 0), ("pink pink red", 2), ("pink", 0),
     ("-truncated blue", 1), ("-failed -unparsed red", 2),
+    ("(3*4) (3+4) (4+3)", 1),  # equations of one value are one label
 ])  # fmt: skip
 def test_the_majority(room, answers, chosen):
     answers = [teacher.Answer(word[1:]) if word[0] == "-" else
                teacher.Answer("answered", "", word) for word in answers.split()]  # fmt: skip
+    name = "svamp" if "(" in str(answers[0].label) else str(room.folder)
     example = load_dataset(str(room.folder), "train")[0]
-    assert teacher.vote(str(room.folder), example, answers) is answers[chosen]
-
-
-def test_equations_of_one_value_are_one_label():
-    answers = [teacher.Answer("answered", "", x) for x in ("(3 * 4)", "(3 + 4)", "(4 + 3)")]
-    example = teacher.Example("1", "How many?", None)
-    assert teacher.vote("svamp", example, answers) is answers[1]
+    assert teacher.vote(name, example, answers) is answers[chosen]
 
 
 def test_a_ceiling_of_tokens(room):

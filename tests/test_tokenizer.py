@@ -54,16 +54,6 @@ def test_batches_give_the_same_ids(tokenizer: Tokenizer) -> None:
         assert tokenizer.encode_batch(texts, limit) == expected
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage", b"\0" * 1000, "half"])
-def test_a_vocabulary_that_is_none(content, vocabulary: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "spiece.model"
-    if content is not None:
-        bad.write_bytes(vocabulary.read_bytes()[:5000] if content == "half" else content)
-    with pytest.raises(UserError, match="spiece.model") as error:
-        Tokenizer(bad)
-    assert "\n" not in str(error.value)
-
-
 def test_a_vocabulary_with_other_special_ids(tmp_path: Path) -> None:
     path = train_vocabulary(tmp_path, pad_id=3, unk_id=0, bos_id=2)
     with pytest.raises(UserError, match=r"\(3, 1, 0\).*\(0, 1, 2\)"):
