@@ -24,7 +24,7 @@ import t5
 import teacher
 import train
 
-STEPS = 400  # on this one problem, until the student knows it by heart
+STEPS = 400  # on this one problem, until the student has memorized it
 
 
 def main() -> None:
@@ -82,8 +82,9 @@ def main() -> None:
     two_rows = "\n".join(map(str, rows))
     print(f"""# One problem, from raw record to score
 
-All values below were computed by `python docs/walkthrough.py --data-root datasets`, which wrote
-this page; a test writes it again. Keep the file that a heading names open.
+`python docs/walkthrough.py --data-root datasets > docs/walkthrough.md` computed all values below
+and wrote this page; a test checks that it still does. Open the file that each heading names, and
+follow.
 
 ## 1. A record of SVAMP (`data.py`: `load_dataset`)
 
@@ -105,8 +106,8 @@ label {bare.label!r}
 ## 2. A question to the teacher (`teacher.py`: `read_prompt`, Section 3.1)
 
 `prompts/svamp.txt` has an instruction and ten demonstrations. The chat API gets {len(turns)}
-messages: question and answer ten times, the instruction before the first, and the problem. The
-first three and the last:
+messages: ten questions and answers, with the instruction at the start of the first question, and
+then the problem. The first three and the last:
 
 ```json
 {messages}
@@ -127,8 +128,8 @@ rationale     {rationale!r}
 teacher_label {answer!r}
 ```
 
-What comes after a blank line, or an invented "Q:", is not read. y^ is right ({scores[answer]}):
-both equations are worth {worth}.
+The parser ignores everything from an invented "Q:" on, and what follows the first blank line after
+the answer. y^ is right ({scores[answer]}): both equations equal {worth}.
 
 ## 4. Two rows (`dsbs.py`: `make_rows`, Section 3.2)
 
@@ -140,7 +141,8 @@ One input, two tasks, each with its prefix. With `--labels teacher` the first ta
 
 ## 5. Ids (`data.py`: `tokenize_rows`, `collate`)
 
-With the bundled vocabulary of {tokenizer.vocab_size} pieces; a pretrained T5 brings its own.
+The bundled vocabulary has {tokenizer.pieces} pieces; T5's {data.SENTINELS} sentinel tokens make
+{tokenizer.vocab_size} ids. A pretrained T5 brings its own vocabulary.
 Sources end with EOS ({data.Tokenizer.eos_id}) and are padded with {data.Tokenizer.pad_id}, \
 targets with -100, which no loss counts.
 
@@ -151,12 +153,13 @@ labels         {tuple(batch["labels"].shape)}  {ids_out} ...
 tasks          {batch["tasks"].tolist()}  0 label, 1 rationale
 ```
 
-The decoder reads the target one place later (`t5.py`: `shift_right`):
+The decoder reads the target shifted right by one position (`t5.py`: `shift_right`):
 {ids_start} ...
 
 ## 6. Logits and losses (`t5.py`: `forward`; `dsbs.py`: `multitask_loss`)
 
-The untrained `tiny` student ({size:,} parameters) gives logits {tuple(logits.shape)}.
+The untrained `tiny` student ({size:,} parameters) gives logits {tuple(logits.shape)}: the
+{tokenizer.vocab_size} ids, rounded up to a multiple of 64.
 Each task's cross-entropy is summed over its target tokens, {counts.tolist()}, and divided by their
 number in the whole step:
 
@@ -171,9 +174,9 @@ A student that gave all {width} ids the same probability would have ln {width} =
 
 ## 7. Training (`train.py`)
 
-A run does this with hundreds of problems. Here are {STEPS} steps of AdamW (learning rate from 1e-3
-to 0, no dropout) on this one alone, after which L_label is {after.label:.2f} and L_rationale is
-{after.rationale:.2f}: it is known by heart, which says nothing of other problems.
+A run does this with hundreds of problems. Here AdamW takes {STEPS} steps (learning rate from 1e-3
+to 0, no dropout) on this one problem. Afterwards L_label is {after.label:.2f} and L_rationale is
+{after.rationale:.2f}: the student has memorized it, which tells us nothing about other problems.
 
 ## 8. Prediction and score (`t5.py`: `generate`; `data.py`: `is_correct`)
 
