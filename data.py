@@ -627,7 +627,7 @@ CLOSE = str.maketrans(OPENING, CLOSING)
 LINE_MARKS = "#>*+•-"
 SKIP = rf"(?:\n(?:[ \t]*[{LINE_MARKS}]+(?=\s))+|[\s:])*"  # from a marker to its answer
 LINE = re.compile(rf"{SKIP}(.*)")
-CHOICE = re.compile(rf"([{OPENING}]*)\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*(.*)")
+LETTER = re.compile(rf"\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*")  # of a choice: "(b) "
 # The full stop that ends an answer: the line's last, or one before a space, but not U.S. or Dr.
 STOP = re.compile(
     rf"(?:(?<!\.[A-Za-z])(?<!\b[DMS][rst])|(?=.[{CLOSING}]*$))\.([{CLOSING}]*)(?:\s|$).*"
@@ -636,19 +636,21 @@ EMPHASIS = re.compile(
     r"(?<!\S)([*_`]+(?![*_`])|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])"
 )
 LONE = re.compile(r"^[*_`\"“]+|[*_`\"”]+$")
+# An arithmetic answer that goes on in the next line: "7" and then "+ 2".
+CONTINUES = re.compile(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]")
 # How others write numbers: 1,000 for 1000, $5, 3 x 4, and 5 red apples.
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d($])")
 SIGNS = str.maketrans("×·÷−–", "**/--", "$€£¥\\")
-WORD = r"[^\W\d_]+(?:[/'’-][^\W\d_]+)*"
-UNITS = re.compile(rf"(?<=[\d).])\s*°?{WORD}(?:\s+{WORD}){{0,3}}(?=\s*(?:[-+*/)]|$))")
 # Words that compute or compare, and variables: a number with one of these has another value.
-COMPUTES = frozenset(
-    "and or not if plus minus times over of by to from mod divided multiplied squared cubed point "
-    "factorial dozen dozens hundred hundreds thousand thousands million millions billion billions "
-    "trillion half halves third thirds quarter quarters percent more less fewer than pi bn e x y z "
-    "n k K M B ² ³".split()
+COMPUTES = (
+    "(?i:and|or|not|if|plus|minus|times|over|of|by|to|from|mod|divided|multiplied|point|factorial|"
+    "(?:dozen|hundred|thousand|million|billion|trillion|half|halve|third|quarter|percent)s?|bn|pi|"
+    "squared|cubed|more|less|fewer|than)|[exyznkKMB²³]"
 )
+# At most four other words after a number are its unit.
+UNIT = rf"(?!(?:{COMPUTES})(?![^\W\d_]))[^\W\d_]+"
+UNITS = re.compile(rf"(?<=[\d)])\s*°?{UNIT}(?:(?:\s+|[/'’-]){UNIT}){{0,3}}(?![^\W_])")
 # The released parser's expression: arithmetic, and lists such as "(3 + 1) and (9 - 2)".
 RELEASED = re.compile(rf"\(({NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+")
 
@@ -666,44 +668,38 @@ def parse_completion(
     """
     task = get_task(name)
     text = INVENTED.split(completion.strip(), maxsplit=1)[0]
-    end, found = len(text), None
+    found = None
     for match in _marker(task).finditer(text):
-        if match.start() >= end:
-            break
-        rationale, opened = _before(text[: match.start()])
-        opened = "" if match["closed"].strip(":") else opened
-        window = text[match.end() : min(end, match.end() + MAX_LENGTH)]
+        window = text[match.end() : match.end() + MAX_LENGTH]
+        opened = "" if match["closed"].strip(":") else match["opened"]
         label = _answer(task, window, opened, released and task.palm is not None)
         if label and found and not is_correct(task, label, found[1]):
             return None
         if label and not found:
-            found = rationale, label
+            found = _rationale(text[: match.start()]), label
             # Blank lines may divide a rationale, but after an answer they start something new.
-            blank = BLANK_LINE.search(text, LINE.match(text, match.end()).end())
-            end = blank.start() if blank else end
+            end = LINE.match(text, match.end()).end()
+            text = text[:end] + BLANK_LINE.split(text[end:], maxsplit=1)[0]
     return found
 
 
 def _marker(task: Task) -> re.Pattern:
     """Matches any of a task's markers from the start of a word, with any space and marks of
-    emphasis in it; "closed" are the marks and the colon that end it."""
+    emphasis in it. "opened" are the marks that open before it, around marker and label: "**" in
+    `Snow is white. **So the answer is no.**`; "closed" are the marks that end with the marker."""
     words = (re.findall(r"\w+|[^\w\s]", marker) for marker in (task.marker, *task.also))
     spellings = "|".join(r"[\s*_`]*".join(map(re.escape, marker)) for marker in words)
-    # re keeps the compiled pattern
-    return re.compile(rf"(?<![^\W_])(?:{spellings})(?P<closed>[:{CLOSING}]*(?=\s)|)")
+    opened = rf"(?P<opened>(?:(?<!\S)[{OPENING}]+)?)"
+    closed = rf"(?P<closed>(?:[:{CLOSING}]*(?=\s))?)"
+    return re.compile(rf"{opened}(?<![^\W_])(?:{spellings}){closed}")  # re keeps it
 
 
-def _before(text: str) -> tuple[str, str]:
-    """Returns the rationale in the text before a marker, and the marks that open around both
-    marker and label: `Snow is white. **` gives ("Snow is white.", "**")."""
-    rest = text.rstrip(OPENING)
-    opened = text[len(rest) :]
-    if rest and not rest[-1].isspace():
-        rest, opened = text, ""  # they close something: `"Yes."So the answer is`
-    lines = rest.split("\n")
+def _rationale(text: str) -> str:
+    """Returns the text before a marker, without lines at its end that hold only marks."""
+    lines = text.split("\n")
     while lines and not lines[-1].strip(LINE_MARKS + " \t"):
         lines.pop()
-    return "\n".join(lines).strip(), opened
+    return "\n".join(lines).strip()
 
 
 def _bare(text: str) -> str:
@@ -721,29 +717,22 @@ def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
     line = match[1].rstrip()
     sentence = STOP.sub(r"\1", line).removesuffix(opened.translate(CLOSE)[::-1])
     if task.scorer == "arithmetic":
-        # "7" is not the answer where the next line is "+ 2".
-        if not STOP.search(line) and re.match(
-            r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]
-        ):
+        if not STOP.search(line) and CONTINUES.match(text, match.end()):
             return None
-        return (_released_expression if released else _expression)(sentence)
-    for label in sorted(task.labels or (), key=len, reverse=True):
+        return _released_expression(sentence) if released else _expression(sentence)
+    # A label's words may have any space between them.
+    spellings = {label: r"\s+".join(map(re.escape, label.split())) for label in task.labels or ()}
+    for label in sorted(spellings, key=len, reverse=True):
         # "neutral.", "**neutral**", "neutral, as he ...", but not "neutral or contradiction".
-        if match := re.match(rf"[{OPENING}]*{_spelling(label)}(?![^\W_]|-|_\w)(.*)", line):
-            rest = STOP.sub("", match[1])
-            others = (rf"(?<!\w){_spelling(other)}(?!\w)" for other in task.labels)
-            return None if any(re.search(other, rest) for other in others) else label
+        if match := re.match(rf"[{OPENING}]*{spellings[label]}(?![^\W_]|-|_\w)(.*)", line):
+            others = rf"(?<!\w)(?:{'|'.join(spellings.values())})(?!\w)"
+            return None if re.search(others, STOP.sub("", match[1])) else label
     if task.choices:
-        match = CHOICE.match(sentence)
-        sentence = match[1] + match[2] if match else ""
-        if re.search(rf"\([{LETTERS}]\)", sentence):  # "(a) ocean or (b) sea" is no answer
-            return None
+        before, *choices = LETTER.split(sentence)
+        if len(choices) != 1 or before.strip(OPENING):
+            return None  # "(a) ocean or (b) sea", "all of these"
+        sentence = before + choices[0]
     return _bare(sentence) or None
-
-
-def _spelling(label: str) -> str:
-    """Returns a pattern for a label, with any whitespace between its words."""
-    return r"\s+".join(map(re.escape, label.split()))
 
 
 def _expression(sentence: str) -> str | None:
@@ -760,15 +749,9 @@ def _numbers(text: str) -> str:
     """Returns an expression as `evaluate_arithmetic` reads it: "$1,000 x 3 boxes" is "1000 * 3"."""
     if evaluate_arithmetic(text) is None:
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-        text = TIMES.sub(" * ", text).translate(SIGNS).strip()
-        text = re.sub(rf"^(-?{NUMBER})\s*%$", r"\1", UNITS.sub(_without_unit, text))
+        text = UNITS.sub("", TIMES.sub(" * ", text).translate(SIGNS)).strip()
+        text = re.sub(rf"^(-?{NUMBER})\s*%$", r"\1", text)
     return " ".join(text.split())
-
-
-def _without_unit(match: re.Match) -> str:
-    words = re.findall(r"[^\W\d_]+", match[0])
-    words = {word if len(word) == 1 else word.lower() for word in words}
-    return match[0] if words & COMPUTES else ""
 
 
 def _released_expression(sentence: str) -> str | None:
