@@ -88,15 +88,11 @@ def lock(path: Path) -> FileIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab", buffering=0)
     except OSError as error:
-        raise UserError(
-            f"--out {path}: {error.strerror}; give a name that can be written"
-        ) from None
+        raise UserError(f"--out {path}: {error.strerror}; give another name") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(
-            f"{path} is in use by another process; wait for it, or give another --out"
-        ) from None
+        raise UserError(f"{path} is in use by another process; give another --out") from None
     except OSError as error:  # Lustre without `-o flock`, some NFS and FUSE
         reason = f"this filesystem has no locks ({error.strerror})"
         print(f"warning: {path}: {reason}; use one process", file=sys.stderr)
@@ -104,14 +100,10 @@ def lock(path: Path) -> FileIO:
 
 
 def sha256(content: bytes | Path) -> str:
-    """The sha256 of bytes, or of a file that is read in pieces, as 64 hexadecimal digits."""
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    digest = hashlib.sha256()
-    with open(content, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    """The sha256 of bytes, or of what is in a file, as 64 hexadecimal digits."""
+    if isinstance(content, Path):
+        content = content.read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 # ---- Arithmetic: the value of model text, which is never executed --------------------------------
@@ -167,6 +159,7 @@ ARCHIVE = (
 )
 NLI = ("entailment", "neutral", "contradiction")  # in the order of the integer labels
 LETTERS = "abcdefghij"  # of the choices in an input
+MARKER = "So the answer is"  # of a folder whose task.json has no other
 WANTED = {str: "a text", list: "a list", int: "an integer", float: "a number", type(None): "null"}
 
 
@@ -187,7 +180,6 @@ class Task:
     palm: dict[str, int] | None = None  # the number of files with completions, for each file split
     human: str | None = None  # the key of a human's explanation
     source: str = "your own folder: train.jsonl, and optionally valid.jsonl and test.jsonl"
-    record: str = ""  # an example of a line; "": made of the keys that `read` looks up
     also: tuple[str, ...] = ()  # markers that other teachers write
     end: str = "."  # what comes after the label
     choices: bool = False  # multiple choice: each input ends in its "Answer Choices:"
@@ -209,18 +201,18 @@ def _read_own(r: dict) -> tuple[str | None, Text, str | None]:
 
 
 def _read_choices(r: dict) -> tuple[str | None, Text, str | None]:
+    id, question, answer = r["id"], typed("question", r["question"], str), r["answer"]
     choices = zip(LETTERS, typed("choices", r["choices"], list))
     lines = [f"({letter}) {choice}" for letter, choice in choices]
-    question = typed("question", r["question"], str)
-    return r["id"], "\n".join([question, "Answer Choices:", *lines]), r["answer"]
+    return id, "\n".join([question, "Answer Choices:", *lines]), answer
 
 
 def _read_nli(r: dict) -> tuple[str | None, Text, str | None]:
+    parts = tuple(typed(key, r[key], str) for key in ("premise", "hypothesis"))
     label = typed("label", r["label"], int, float)  # pandas writes 1.0
     if label not in (0, 1, 2):
         raise ValueError(f"label {label!r} is not 0 {NLI[0]}, 1 {NLI[1]} or 2 {NLI[2]}")
-    parts = (typed(key, r[key], str) for key in ("premise", "hypothesis"))
-    return r.get("uid"), tuple(parts), NLI[int(label)]
+    return r.get("uid"), parts, NLI[int(label)]
 
 
 def _read_asdiv(r: dict) -> tuple[str | None, Text, str | None]:
@@ -229,34 +221,34 @@ def _read_asdiv(r: dict) -> tuple[str | None, Text, str | None]:
 
 # fmt: off
 TASKS = {task.name: task for task in (
-    # Above each benchmark: what one of its released completions looks like.
+    # Above each benchmark: a line of its file, and what one of its released completions looks like.
+    # {"input":"Luke [...] round?","label":"( 84.0 \/ 2.0 )"}
     # Luke scored 84 points [...] 84 / 2 = 42. The answer is (84 / 2).\n\nQ: There are [...]
     Task("svamp", None, "arithmetic", "The answer is", "svamp", "svamp_{}.json",
          lambda r: (None, r["input"], r["label"]), cut=True, palm={"train": 2, "test": 1},
-         source=ARCHIVE, record=r'{"input":"Luke [...] round?","label":"( 84.0 \/ 2.0 )"}'),
+         source=ARCHIVE),
+    # {"id":"6b81[...]","question":"\"There are 10 apples [...]","choices":["park","coloring book",
+    # "garden center","math problem","gravity"],"answer":"math problem",
+    # "abstractive_explanation":"webmath is [...]","extractive_explanation":"[...]"}
     # The answer must be something [...] So the answer is (d) math problem.\n\nQ: "The man [...]
     Task("cqa", None, "text", "So the answer is", "cqa", "cqa_{}.json", _read_choices, cut=True,
          palm={"train": 10, "test": 2}, human="abstractive_explanation", source=ARCHIVE,
-         choices=True,
-         record='{"id":"6b81[...]","question":"\\"There are 10 apples [...]","choices":["park","co'
-         'loring book","garden center","math problem","gravity"],"answer":"math problem",'
-         '"abstractive_explanation":"webmath is [...]","extractive_explanation":"[...]"}'),
+         choices=True),
+    # {"premise":"[...]","hypothesis":"[...]","label":1,"explanation_1":"[...]"}
     # [...]\nAnswer: neutral\n\nPremise: [...]
     Task("esnli", NLI, "text", "Answer:", "esnli", "esnli_{}.json", _read_nli,
          palm={"train": 100, "valid": 2, "test": 2}, human="explanation_1", source=ARCHIVE,
-         record='{"premise":"[...]","hypothesis":"[...]","label":1,"explanation_1":"[...]"}',
          also=("So the answer is", "The answer is"), end=""),
+    # {"uid":"[...]","premise":"[...]","hypothesis":"[...]","label":2,"reason":"[...]"}
     # [...] So the answer is contradiction.\n\nPremise: [...]
     Task("anli1", NLI, "text", "So the answer is", "anli1", "anli1_{}.json", _read_nli,
          palm={"train": 4, "valid": 1, "test": 1}, human="reason", source=ARCHIVE,
-         record='{"uid":"[...]","premise":"[...]","hypothesis":"[...]","label":2,"reason":"[...]"}',
          also=("The answer is",)),
     # Its labels are not read: it gives more inputs for SVAMP's teacher (Figures 7 and 9).
-    Task("asdiv", None, "arithmetic", "The answer is", "asdiv", "ASDiv.xml",
-         _read_asdiv, ("train",),
-         source="https://github.com/chaochun/nlu-asdiv-dataset",
-         record='<Problem ID="nluds-0001"><Body>Seven red [...]</Body><Question>How [...]'),
-    Task("demo", None, "text", "So the answer is", str(Path(__file__).resolve().parent / "demo")),
+    # <Problem ID="nluds-0001"><Body>Seven red [...]</Body><Question>How [...]
+    Task("asdiv", None, "arithmetic", "The answer is", "asdiv", "ASDiv.xml", _read_asdiv,
+         ("train",), source="https://github.com/chaochun/nlu-asdiv-dataset"),
+    Task("demo", None, "text", MARKER, str(Path(__file__).resolve().parent / "demo")),
 )}
 # fmt: on
 
@@ -270,7 +262,7 @@ def get_task(name: str | Task) -> Task:
     """
     if isinstance(name, Task):
         return name
-    task = TASKS.get(name) or Task(name, None, "text", "So the answer is", name)
+    task = TASKS.get(name) or Task(name, None, "text", MARKER, name)
     if task.read:
         return task
     folder = Path(task.folder).absolute()
@@ -279,43 +271,42 @@ def get_task(name: str | Task) -> Task:
         allowed = f"one of {', '.join(TASKS)}, or a folder holding train.jsonl"
         raise UserError(f"dataset {name!r} is unknown: {allowed}")
     facts = _read_task_file(folder / "task.json")
+    if "labels" not in facts and facts["scorer"] == "text":
+        stat = train.stat()
+        facts["labels"] = _labels_seen(train, stat.st_mtime_ns, stat.st_size)
     cut = not (folder / "valid.jsonl").is_file()
-    task = replace(task, folder=str(folder), cut=cut, **facts)
-    if "labels" in facts or task.scorer == "arithmetic":
-        return task
-    stat = train.stat()
-    return replace(task, labels=_labels_seen(train, stat.st_mtime_ns, stat.st_size))
+    return replace(task, folder=str(folder), cut=cut, **facts)
 
 
 def _read_task_file(path: Path) -> dict:
-    """Returns the fields of Task that a folder's task.json sets; {} where there is no such file."""
-    if not path.is_file():
-        return {}
+    """Returns the fields of Task that a folder's task.json sets, or what holds without one: the
+    scorer, the marker and, only where the file has them, the labels."""
+    content = path.read_bytes() if path.is_file() else b"{}"
     try:
-        facts = json.loads(path.read_bytes())
-        fields = {key: facts[key] for key in facts.keys() & {"labels", "scorer", "marker"}}
-        if "marker" in facts:
-            fields["marker"] = " ".join(facts["marker"].split())
-        if facts.get("labels") is not None:
-            labels = typed("labels", facts["labels"], list)
-            fields["labels"] = tuple(label.strip() for label in labels)
-        empty = "" in (fields.get("marker"), *(fields.get("labels") or ()))
-        scorer = facts.get("scorer", "text")
-        if empty or facts.get("labels") == [] or scorer not in ("text", "arithmetic"):
-            raise ValueError("an unknown scorer, or nothing where a text should be")
+        facts = json.loads(content)
+        fields = {"scorer": facts.get("scorer", "text")}
+        fields["marker"] = _text("marker", facts.get("marker", MARKER))
+        if "labels" in facts:
+            labels = typed("labels", facts["labels"], list, type(None))
+            fields["labels"] = labels and tuple(_text("label", label) for label in labels)
+        texts = fields["marker"], *(fields.get("labels") or ())
+        if None in texts or facts.get("labels") == []:
+            raise ValueError("nothing where a text should be")
+        if fields["scorer"] not in ("text", "arithmetic"):
+            raise ValueError("an unknown scorer")
         return fields
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise UserError(
-            f'{path} is not {{"labels": a list of texts or null, "scorer": "text" or '
-            f'"arithmetic", "marker": a text}}: {path.read_bytes()[:200]!r}'
-        ) from None
+        form = (
+            '"labels": a list of texts or null, "scorer": "text" or "arithmetic", "marker": a text'
+        )
+        raise UserError(f"{path} is not {{{form}}}: {content[:200]!r}") from None
 
 
 @functools.lru_cache(maxsize=16)
 def _labels_seen(path: Path, changed: int, size: int) -> tuple[str, ...] | None:
     """Returns the labels in a train.jsonl, or None if they are more than 20. A file that changed
     has another time or size, so the cache does not hide it."""
-    lines = _read(path, lambda r: _text("label", r.get("label")), OWN_FORM.format('"yes"'))
+    lines = _read(path, lambda r: _text("label", r.get("label")), OWN_FORM)
     labels = sorted({label for _, label in lines} - {None})
     return tuple(labels) if 0 < len(labels) <= 20 else None
 
@@ -372,20 +363,17 @@ def load_dataset(
     task, counts = get_task(name), Counter() if counts is None else counts
     path, *answers = data_files(task, split, root, rationales)
     examples = _read_examples(task, split, path, rationales)
-    if isinstance(rationales, str):
-        if answers:
-            _join_completions(task, path, examples, answers)
+    if answers and isinstance(rationales, str):
+        _join_completions(task, path, examples, answers)
     elif answers:
-        tasks = [task, *([get_task(mixed_with)] if mixed_with else [])]
-        others = [(t, s) for t in tasks for s in t.splits if has_split(t, s, root)]
-        others.remove((task, split))
-        counts["teacher_ids_unmatched"] += _join_files(task, examples, answers, others, root)
+        related = [task, get_task(mixed_with)] if mixed_with else [task]
+        counts["teacher_ids_unmatched"] += _join_files(examples, answers, related, root)
     if task.cut and split != "test":
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]
     for example in examples:
-        stripped = example.label and example.label.strip()
-        if stripped != example.label:
-            example.label, counts["labels_stripped"] = stripped, counts["labels_stripped"] + 1
+        if example.label and example.label != example.label.strip():
+            example.label = example.label.strip()
+            counts["labels_stripped"] += 1
         if example.teacher_label and not_allowed(task, example.input, example.teacher_label):
             example.teacher_label = None
             counts["teacher_labels_dropped"] += 1
@@ -401,10 +389,10 @@ def split_indices(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[n_valid:]), np.sort(order[:n_valid])
 
 
-OWN_FORM = '{{"id": "7", "input": "text, or a list of two", "label": {}}}'
-UTF8 = "utf-8-sig"  # passes over a byte order mark
-CONVERT = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in'
-OUT = '(sys.stdin)]" < {} > new'.format
+# A line of our own format, of a teacher's file, and how a file of another form becomes such lines.
+OWN_FORM = '{"id": "7", "input": "a text, or a list of two", "label": "a text, or null"}'
+TEACHER_FORM = '{"id": "7", "rationale": "because", "teacher_label": "yes"}'
+CONVERT = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in {}(sys.stdin)]" < {}'
 
 
 def _read(path: Path, make: Callable, form: str, source: str = "") -> Iterator[tuple[int, Any]]:
@@ -430,17 +418,11 @@ class _Keys(dict):
     def __missing__(self, key: str) -> str:
         return self.setdefault(key, "...")
 
-    def get(self, key: str, default: Any = None) -> str:
-        return self[key]
-
 
 def _form(task: Task) -> str:
-    """Returns an example of a line in the task's files."""
-    if task.record:
-        return task.record
+    """Returns an example of a line in the task's files: its keys are those that `read` looks up."""
     if task.read is None:
-        label = task.labels[0] if task.labels else "1 + 2" if task.scorer == "arithmetic" else "yes"
-        return OWN_FORM.format(json.dumps(label, ensure_ascii=False))
+        return OWN_FORM
     keys = _Keys()
     with contextlib.suppress(Exception):  # it may want no text where it gets one
         task.read(keys)
@@ -450,52 +432,55 @@ def _form(task: Task) -> str:
 def read_records(
     path: Path | str, lines: Iterable[bytes | str], make: Callable[[dict], Any], form: str
 ) -> Iterator[tuple[int, Any]]:
-    """Yields (line number from 1, make(object)) of JSON lines; passes over blank lines.
+    """Yields (line number from 1, make(object)) of JSON lines; passes over blank lines and a byte
+    order mark.
 
     UserError with path and line, and with `form`, an example of a line, where a line is no JSON
     object or `make` raises for it, as a missing key or a wrong type does. Where the whole file has
     another form, that is said, with the command that converts it.
     """
-    value: Any = None
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            text = line if isinstance(line, str) else line.decode(("utf-8", UTF8)[number == 1])
-            if not text.strip():
-                continue
-            value = json.loads(text)
+            value = json.loads(line)
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
-            made = make(value)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            yield number, make(value)
+            continue
+        except KeyError as error:
+            reason = f"no {error}"
+        except (TypeError, AttributeError, IndexError) as error:
+            # Python's words alone would not say which key they are about.
+            kinds = ", ".join(f"{key} {type(v).__name__}" for key, v in value.items())
+            reason = f"{error} ({kinds})"
+        except (ValueError, RecursionError) as error:
             # Of JSON's errors the message alone: their own line and column would confuse.
-            reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "msg", error)
-            if isinstance(error, (TypeError, AttributeError, IndexError)):
-                kinds = ", ".join(f"{key} {type(v).__name__}" for key, v in value.items())
-                reason = f"{error} ({kinds})"
-            elif Path(path).is_file():
-                reason = other_form(path, Path(path).read_bytes(), csv=number == 1) or reason
-            raise UserError(f"{path}:{number}: {reason}; a line looks like {form}") from None
-        yield number, made
+            reason = getattr(error, "msg", error)
+        if Path(path).is_file():
+            reason = other_form(path, Path(path).read_bytes(), csv=number == 1) or reason
+        raise UserError(f"{path}:{number}: {reason}; a line looks like {form}")
 
 
 def other_form(path: Path | str, content: bytes, csv: bool = False) -> str:
     """Returns "" for a file of lines in UTF-8; else what the file is, and how to convert it. A file
     is CSV only if `csv` says that it should have been JSON."""
-    name, text = shlex.quote(str(path)), ""
-    encoding = re.sub("-([LB]E)$", r"\1", json.detect_encoding(content).upper())
+    name = shlex.quote(str(path))
+    encoding = json.detect_encoding(content).upper()  # by its byte order mark and its zero bytes
     try:
-        text = content.decode(UTF8).strip()
+        text = content.decode(encoding).strip()
     except UnicodeDecodeError:
-        encoding = "latin-1" if encoding.startswith("UTF-8") else encoding
+        encoding = "latin-1"
     if not encoding.startswith("UTF-8"):
-        known = encoding.replace("latin-1", "LATIN1")  # iconv's name
-        convert = f"`iconv -f {known} -t UTF-8 {name} > new`"
-        return f"not UTF-8; it looks like {encoding}; convert it: {convert}"
+        known = re.sub("-(?=1$|[LB]E$)", "", encoding)  # iconv's name: latin1, UTF-16LE
+        return f"not UTF-8; it looks like {encoding}: `iconv -f {known} -t UTF-8 {name} > new`"
     with contextlib.suppress(ValueError, RecursionError):
         if text.startswith("[") and isinstance(json.loads(text), list):
-            return f"a JSON array, not JSON lines; convert it: `{CONVERT} json.load{OUT(name)}`"
+            command = CONVERT.format("json.load", name)
+            return f"a JSON array, not JSON lines; convert it: `{command} > new`"
     if csv and re.match(r"[^{[<\n]+[,;\t]", text):
-        return f"looks like CSV, not JSON lines; convert it: `{CONVERT} csv.DictReader{OUT(name)}`"
+        command = CONVERT.format("csv.DictReader", name)
+        return f"looks like CSV, not JSON lines; convert it: `{command} > new`"
     return ""
 
 
@@ -583,15 +568,12 @@ def _join_completions(task: Task, path: Path, examples: list[Example], files: li
 
 
 def _join_files(
-    task: Task,
-    examples: list[Example],
-    files: list[Path],
-    others: list[tuple[Task, str]],
-    root: str | Path,
+    examples: list[Example], files: list[Path], related: list[Task], root: str | Path
 ) -> int:
-    """Joins a teacher's answers in our own format to examples by id. Returns the number of ids
-    that are neither an example's nor in `others`, which are splits of this and other datasets."""
-    by_id, seen, n_unmatched = {example.id: example for example in examples}, set(), 0
+    """Joins a teacher's answers in our own format to examples by id. Returns the number of ids that
+    are in no split of the examples' dataset, the first of `related`, nor of another."""
+    by_id = {example.id: example for example in examples}
+    known, seen = set(by_id), set()
 
     def join(r: dict) -> str:
         id = typed("id", r["id"], str)
@@ -601,19 +583,17 @@ def _join_files(
         _add_answer(by_id.get(id, Example("", "", None)), r)
         return id
 
-    form = '{"id": "7", "rationale": "because", "teacher_label": "yes"}'
     for file in files:
-        ids = {id for _, id in _read(file, join, form, "teacher.py, or --rationales is mistyped")}
-        unmatched = ids - by_id.keys()
-        for other, split in others if unmatched else ():  # reading them takes a while
-            unmatched -= {example.id for example in load_dataset(other, split, root)}
-        if unmatched == ids:
-            raise UserError(
-                f"{file} is for another dataset: none of its {len(ids)} ids is in {task.name}, "
-                f"whose ids look like {examples[0].id!r}"
-            )
-        n_unmatched += len(unmatched)
-    return n_unmatched
+        source = "teacher.py, or --rationales is mistyped"
+        ids = {id for _, id in _read(file, join, TEACHER_FORM, source)}
+        if not ids <= known:  # reading the other splits takes a while
+            splits = [(t, s) for t in related for s in t.splits if has_split(t, s, root)]
+            known |= {e.id for t, s in splits for e in load_dataset(t, s, root)}
+        if not ids & known:
+            reason = f"none of its {len(ids)} ids is in {related[0].name}"
+            like = f"whose ids look like {examples[0].id!r}"
+            raise UserError(f"{file} is for another dataset: {reason}, {like}")
+    return len(seen - known)
 
 
 # ---- Answers in text -----------------------------------------------------------------------------
