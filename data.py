@@ -10,7 +10,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import operator
 import os
 import re
@@ -153,10 +152,7 @@ def evaluate_arithmetic(text: str) -> Fraction | None:
 # ---- The datasets --------------------------------------------------------------------------------
 
 SPLITS = ("train", "valid", "test")
-ARCHIVE = (
-    "the released archive: `git clone https://github.com/google-research/distilling-step-by-step`, "
-    "unpack the datasets in it"
-)
+ARCHIVE = "`git clone https://github.com/google-research/distilling-step-by-step`, unpacked"
 NLI = ("entailment", "neutral", "contradiction")  # in the order of the integer labels
 LETTERS = "abcdefghij"  # of the choices in an input
 MARKER = "So the answer is"  # of a folder whose task.json has no other
@@ -558,10 +554,8 @@ def _join_completions(task: Task, path: Path, examples: list[Example], files: li
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{file}: {reason}; it comes from {task.source}") from None
     if len(completions) != len(examples):
-        raise UserError(
-            f"{files[0]} and those after it are for another dataset: {len(completions)} "
-            f"completions for {len(examples)} rows of {path}; get both from {task.source}"
-        )
+        counts = f"{len(completions)} completions for {len(examples)} rows of {path}"
+        raise UserError(f"{files[0]} and those after it are for another dataset: {counts}")
     for example, completion in zip(examples, completions):
         rationale, example.teacher_label = parse_completion(task, completion) or (None, None)
         example.rationale = rationale or None
@@ -789,10 +783,8 @@ def _why_unreadable(path: Path) -> str:
     if path.is_file() and path.read_bytes().startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file; fetch that with `git lfs pull`"
     if path.with_name("tokenizer.json").exists() and not path.exists():
-        return (
-            "missing: newer transformers saves tokenizer.json alone; copy spiece.model of the base "
-            f"model, as by `hf download google/t5-v1_1-base spiece.model --local-dir {path.parent}`"
-        )
+        fetch = f"`hf download google/t5-v1_1-base spiece.model --local-dir {path.parent}`"
+        return f"newer transformers saves tokenizer.json alone; copy spiece.model by {fetch}"
     return ""
 
 
@@ -832,9 +824,9 @@ class Tokenizer:
         self.special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
         self.special |= {f"<extra_id_{n}>": self.vocab_size - 1 - n for n in range(SENTINELS)}
         if added := [token for token, id in _added(path) if self.special.get(token) != id]:
+            names = ", ".join(map(repr, added[:10]))
             raise UserError(
-                f"{path.parent} has {len(added)} added tokens, which are not implemented, such as "
-                f"{', '.join(map(repr, added[:10]))}; give the folder of a model without them"
+                f"{path.parent} has {len(added)} added tokens, which are not implemented: {names}"
             )
 
     def encode(self, text: Text, max_length: int | None = None) -> list[int]:
@@ -851,12 +843,11 @@ class Tokenizer:
         for text in texts:
             parts = list(islice(ids, len(text)))
             if max_length is not None:
-                assert max_length >= len(parts), "every part needs room for its EOS"
-                budget = max_length - len(parts)
-                shortest_first = sorted(range(len(parts)), key=lambda i: len(parts[i]))
-                for left, i in zip(range(len(parts), 0, -1), shortest_first):
-                    parts[i] = parts[i][: budget // left]
-                    budget -= len(parts[i])
+                room = max_length - len(parts)
+                assert room >= 0, "every part needs room for its EOS"
+                parts = [part[:room] for part in parts]
+                while sum(map(len, parts)) > room:
+                    max(parts, key=len).pop()
             batch.append([id for part in parts for id in (*part, self.eos_id)])
         return batch
 
@@ -893,27 +884,27 @@ def check_labels(
 
     UserError where a label of a closed set comes back changed, whitespace apart, or two as one.
     """
-    closed = task.labels or ()
-    labels = {*closed, *labels} - {None}
-    choices = {choice for input in inputs for choice in _choices(input)} if task.choices else ()
-    texts = sorted({*labels, *choices})
+    closed = set(task.labels or ())
+    labels = (closed | set(labels)) - {None}
+    choices = {choice for input in inputs for choice in _choices(input)} if task.choices else set()
+    texts = sorted(labels | choices)
     back = dict(zip(texts, map(tokenizer.decode, tokenizer.encode_batch(texts))))
-    lost = {text for text in texts if back[text].split() != text.split()}
     changed = [text for text in texts if back[text] != text]
-    changed.sort(key=lambda text: text not in lost)
-    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in changed[:5])
+    lost = [text for text in changed if back[text].split() != text.split()]  # more than space
+    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in (lost or changed)[:5])
     problem = f"{len(changed)} labels or choices come back changed from the vocabulary: {shown}"
-    if faults := " ".join(sorted({c for text in lost for c in {*text} - {*back[text]}})):
-        problem += f"; it cannot write these characters: {faults}"
+    if faults := sorted({character for text in lost for character in {*text} - {*back[text]}}):
+        problem += f"; it cannot write these characters: {' '.join(faults)}"
     written = {" ".join(back[label].split()) for label in closed}
-    if lost & {*closed} or len(written) < len(closed):
+    if closed & set(lost) or len(written) < len(closed):
         raise UserError(f"{problem}; write these labels in other characters, each its own way")
     notes = [f"warning: {problem}"] if changed else []
-    alike: dict[str, list[str]] = {}
-    for label in sorted(labels) if task.scorer == "text" else ():
-        alike.setdefault(" ".join(label.split()).casefold(), []).append(label)
-    if twins := [", ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
-        notes.append(f"warning: labels that differ only in case or space: {'; '.join(twins[:5])}")
+    folded = {label: " ".join(label.split()).casefold() for label in sorted(labels)}
+    counts = Counter(folded.values())
+    alike = [label for label in folded if counts[folded[label]] > 1]
+    if alike and task.scorer == "text":
+        shown = ", ".join(map(repr, sorted(alike, key=folded.get)[:10]))
+        notes.append(f"warning: labels that differ only in case or space: {shown}")
     return notes
 
 
@@ -1063,15 +1054,15 @@ def micro_batches(
             source, target = max(source, s), max(target, t)
         return [*pieces, ((len(rows) - first) * (source + target), first, len(rows))]
 
-    best, least, longest = [], math.inf, max(s + t for _, s, t in rows)
-    limit = min(micro_tokens, len(rows) * longest)
-    while limit > 0:
-        pieces = sorted(cut(limit), reverse=True)
-        # All ranks wait for the slowest of the `world` micro-batches that run at one time.
-        time = sum(positions + overhead for positions, _, _ in pieces[::world])
-        if time < least:
-            best, least = pieces, time
-        limit = int(0.9 * limit) if limit > longest else 0
+    def time(pieces: list[tuple[int, int, int]]) -> int:
+        """All ranks wait for the slowest of the `world` micro-batches that run at one time."""
+        return sum(positions + overhead for positions, _, _ in pieces[::world])
+
+    longest = max(source + target for _, source, target in rows)
+    limits = [min(micro_tokens, len(rows) * longest)]
+    while limits[-1] > longest:
+        limits.append(int(0.9 * limits[-1]))
+    best = min((sorted(cut(limit), reverse=True) for limit in limits), key=time)
     indices = [order[first:end] for _, first, end in best]
     indices += [order[:0]] * (-len(indices) % world)
     return [indices[rank::world] for rank in range(world)]
