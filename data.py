@@ -266,45 +266,32 @@ def get_task(name: str | Task) -> Task:
     if not train.is_file():
         allowed = f"one of {', '.join(TASKS)}, or a folder holding train.jsonl"
         raise UserError(f"dataset {name!r} is unknown: {allowed}")
-    facts = _read_task_file(folder / "task.json")
+    facts = _read_task_file(folder / "task.json", task)
     if "labels" not in facts and facts["scorer"] == "text":
-        stat = train.stat()
-        facts["labels"] = _labels_seen(train, stat.st_mtime_ns, stat.st_size)
+        lines = _read(train, lambda r: _text("label", r.get("label")), OWN_FORM)
+        labels = sorted({label for _, label in lines} - {None})
+        facts["labels"] = tuple(labels) if 0 < len(labels) <= 20 else None
     cut = not (folder / "valid.jsonl").is_file()
     return replace(task, folder=str(folder), cut=cut, **facts)
 
 
-def _read_task_file(path: Path) -> dict:
-    """Returns the fields of Task that a folder's task.json sets, or what holds without one: the
-    scorer, the marker and, only where the file has them, the labels."""
-    content = path.read_bytes() if path.is_file() else b"{}"
+def _read_task_file(path: Path, task: Task) -> dict:
+    """Returns the scorer and the marker of a folder's task.json, by default the task's, and the
+    labels where it has them. UserError where it has another form."""
     try:
-        facts = json.loads(content)
-        fields = {"scorer": facts.get("scorer", "text")}
-        fields["marker"] = _text("marker", facts.get("marker", MARKER))
+        facts = json.loads(path.read_bytes()) if path.is_file() else {}
+        marker = _text("marker", facts.get("marker", task.marker))
+        fields = {"scorer": facts.get("scorer", task.scorer), "marker": marker}
         if "labels" in facts:
             labels = typed("labels", facts["labels"], list, type(None))
             fields["labels"] = labels and tuple(_text("label", label) for label in labels)
-        texts = fields["marker"], *(fields.get("labels") or ())
-        if None in texts or facts.get("labels") == []:
-            raise ValueError("nothing where a text should be")
+        if marker is None or facts.get("labels") == [] or None in (fields.get("labels") or ()):
+            raise ValueError("a list or a text is empty")
         if fields["scorer"] not in ("text", "arithmetic"):
-            raise ValueError("an unknown scorer")
+            raise ValueError(f"scorer {fields['scorer']!r} is unknown")
         return fields
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        form = (
-            '"labels": a list of texts or null, "scorer": "text" or "arithmetic", "marker": a text'
-        )
-        raise UserError(f"{path} is not {{{form}}}: {content[:200]!r}") from None
-
-
-@functools.lru_cache(maxsize=16)
-def _labels_seen(path: Path, changed: int, size: int) -> tuple[str, ...] | None:
-    """Returns the labels in a train.jsonl, or None if they are more than 20. A file that changed
-    has another time or size, so the cache does not hide it."""
-    lines = _read(path, lambda r: _text("label", r.get("label")), OWN_FORM)
-    labels = sorted({label for _, label in lines} - {None})
-    return tuple(labels) if 0 < len(labels) <= 20 else None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; it looks like {TASK_FORM}") from None
 
 
 def data_files(
@@ -385,9 +372,11 @@ def split_indices(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[n_valid:]), np.sort(order[:n_valid])
 
 
-# A line of our own format, of a teacher's file, and how a file of another form becomes such lines.
+# What the files look like: task.json, a line of our own format, a line of a teacher's file.
+TASK_FORM = '{"labels": ["yes", "no"] or null, "scorer": "text" or "arithmetic", "marker": "so:"}'
 OWN_FORM = '{"id": "7", "input": "a text, or a list of two", "label": "a text, or null"}'
 TEACHER_FORM = '{"id": "7", "rationale": "because", "teacher_label": "yes"}'
+# Makes such lines of a JSON array or a CSV file: the reader, and the file's name.
 CONVERT = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in {}(sys.stdin)]" < {}'
 
 
