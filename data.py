@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,7 +75,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def lock(path: Path) -> FileIO:
+def lock(path: Path) -> BinaryIO:
     """Opens a file for appending and locks it against other processes until it is closed; the
     system unlocks it after SIGKILL too. Creates the file and its folder.
 
@@ -93,8 +92,7 @@ def lock(path: Path) -> FileIO:
     except (BlockingIOError, PermissionError):
         raise UserError(f"{path} is in use by another process; give another --out") from None
     except OSError as error:  # Lustre without `-o flock`, some NFS and FUSE
-        reason = f"this filesystem has no locks ({error.strerror})"
-        print(f"warning: {path}: {reason}; use one process", file=sys.stderr)
+        print(f"warning: {path} has no lock: {error.strerror}; use one process", file=sys.stderr)
     return file
 
 
@@ -121,6 +119,7 @@ def evaluate_arithmetic(text: str) -> Fraction | None:
     """
     if len(text) > MAX_LENGTH:
         return None
+    # Nothing but numbers and signs: the tokens, joined, are the whole text without its spaces.
     tokens = [*TOKEN.findall(text), "end"][::-1]  # a stack, the next token on top
     if "".join(tokens[:0:-1]) != "".join(text.split()) or max(map(len, tokens)) > MAX_DIGITS:
         return None
@@ -191,12 +190,14 @@ def typed(key: str, value: Any, *kinds: type) -> Any:
 
 
 def _read_own(r: dict) -> tuple[str | None, Text, str | None]:
+    """Our own format: id, input (a text or a list of two) and label, which may be missing."""
     parts = r["input"]
     input = tuple(parts) if isinstance(parts, list) else parts
     return typed("id", r["id"], str), input, r.get("label")
 
 
 def _read_choices(r: dict) -> tuple[str | None, Text, str | None]:
+    """CommonsenseQA: the choices become lines of the input, the label is the text of one."""
     id, question, answer = r["id"], typed("question", r["question"], str), r["answer"]
     choices = zip(LETTERS, typed("choices", r["choices"], list))
     lines = [f"({letter}) {choice}" for letter, choice in choices]
@@ -204,6 +205,7 @@ def _read_choices(r: dict) -> tuple[str | None, Text, str | None]:
 
 
 def _read_nli(r: dict) -> tuple[str | None, Text, str | None]:
+    """e-SNLI and ANLI: the input is a pair, the label an integer; only ANLI has ids."""
     parts = tuple(typed(key, r[key], str) for key in ("premise", "hypothesis"))
     label = typed("label", r["label"], int, float)  # pandas writes 1.0
     if label not in (0, 1, 2):
@@ -212,6 +214,7 @@ def _read_nli(r: dict) -> tuple[str | None, Text, str | None]:
 
 
 def _read_asdiv(r: dict) -> tuple[str | None, Text, str | None]:
+    """ASDiv: the two texts of SVAMP's inputs, and no label."""
     return r["ID"], "\n".join(typed(key, r[key], str) for key in ("Body", "Question")), None
 
 
@@ -351,6 +354,7 @@ def load_dataset(
     elif answers:
         related = [task, get_task(mixed_with)] if mixed_with else [task]
         counts["teacher_ids_unmatched"] += _join_files(examples, answers, related, root)
+    # Completions are joined by row, so the file is divided after that.
     if task.cut and split != "test":
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]
     for example in examples:
@@ -563,6 +567,7 @@ def _join_files(
         if id in seen:
             raise ValueError(f"id {id!r} occurs twice")
         seen.add(id)
+        # The answer to another split's example is checked like the others, and dropped.
         _add_answer(by_id.get(id, Example("", "", None)), r)
         return id
 
@@ -580,24 +585,33 @@ def _join_files(
 
 
 # ---- Answers in text -----------------------------------------------------------------------------
+#
+# A completion is read from left to right. What follows an invented example is cut off. The text
+# before a marker is the rationale. The label is what follows the marker, up to the end of the
+# sentence, without the marks around it: a label of the closed set, the words of one choice, a whole
+# expression, or any text. All patterns take time that is linear in the length of the text, since
+# completions may be hostile.
 
 # Where a completion runs on into an invented example: at a line's start, or after a sentence.
 INVENTED = re.compile(r"(?:^|(?<=[.!?]))[ \t*_#]*(?:Q|Question|Input|Premise)[*_]*:", re.MULTILINE)
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
-# Markdown's emphasis and code, and quotes; the marks of headings, quotations and lists.
+# Marks around a marker or a label belong to neither it nor the rationale: Markdown's emphasis and
+# code, and quotes; and, at the start of a line, the marks of headings, quotations and lists.
 OPENING, CLOSING = "*_`\"'“‘", "*_`\"'”’"
 CLOSE = str.maketrans(OPENING, CLOSING)
 LINE_MARKS = "#>*+•-"
-SKIP = rf"(?:\n(?:[ \t]*[{LINE_MARKS}]+(?=\s))+|[\s:])*"  # from a marker to its answer
-LINE = re.compile(rf"{SKIP}(.*)")
+# From a marker to the end of its answer's line, without what is between the two.
+LINE = re.compile(rf"(?:\n(?:[ \t]*[{LINE_MARKS}]+(?=\s))+|[\s:])*(.*)")
 LETTER = re.compile(rf"\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*")  # of a choice: "(b) "
 # The full stop that ends an answer: the line's last, or one before a space, but not U.S. or Dr.
 STOP = re.compile(
     rf"(?:(?<!\.[A-Za-z])(?<!\b[DMS][rst])|(?=.[{CLOSING}]*$))\.([{CLOSING}]*)(?:\s|$).*"
 )
+# A pair of marks and the words between them, none of which has the same mark.
 EMPHASIS = re.compile(
     r"(?<!\S)([*_`]+(?![*_`])|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])"
 )
+# Marks at one end, whose partner is outside the label.
 LONE = re.compile(r"^[*_`\"“]+|[*_`\"”]+$")
 # An arithmetic answer that goes on in the next line: "7" and then "+ 2".
 CONTINUES = re.compile(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]")
@@ -630,12 +644,15 @@ def parse_completion(
     ('84 / 2 = 42.', '(84 / 2)')
     """
     task = get_task(name)
+    # 1. The completion ends where it goes on to an invented example.
     text = INVENTED.split(completion.strip(), maxsplit=1)[0]
+    # 2. Each marker may have an answer after it; "The answer is easy." has none.
     found = None
     for match in _marker(task).finditer(text):
         window = text[match.end() : match.end() + MAX_LENGTH]
         opened = "" if match["closed"].strip(":") else match["opened"]
         label = _answer(task, window, opened, released and task.palm is not None)
+        # 3. The first answer counts; a later one that differs makes the whole text doubtful.
         if label and found and not is_correct(task, label, found[1]):
             return None
         if label and not found:
@@ -814,9 +831,7 @@ class Tokenizer:
         self.special |= {f"<extra_id_{n}>": self.vocab_size - 1 - n for n in range(SENTINELS)}
         if added := [token for token, id in _added(path) if self.special.get(token) != id]:
             names = ", ".join(map(repr, added[:10]))
-            raise UserError(
-                f"{path.parent} has {len(added)} added tokens, which are not implemented: {names}"
-            )
+            raise UserError(f"{path.parent}: {len(added)} added tokens cannot be used: {names}")
 
     def encode(self, text: Text, max_length: int | None = None) -> list[int]:
         """Returns the ids of a text, or of several parts, each followed by EOS. They are at most
@@ -843,6 +858,7 @@ class Tokenizer:
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without EOS. As in T5's tokenizer, special tokens in a text
         get their own ids, and SentencePiece encodes what is between them piece by piece."""
+        # Texts without special tokens, which most are, need no regular expression.
         split = [SPECIAL.split(text) if "<" in text else (text,) for text in texts]
         pieces = iter(self.model.Encode([piece for text in split for piece in text[::2]]))
         batch = []
@@ -876,6 +892,7 @@ def check_labels(
     closed = set(task.labels or ())
     labels = (closed | set(labels)) - {None}
     choices = {choice for input in inputs for choice in _choices(input)} if task.choices else set()
+    # What the student would write, at best: each text as ids, and these as text again.
     texts = sorted(labels | choices)
     back = dict(zip(texts, map(tokenizer.decode, tokenizer.encode_batch(texts))))
     changed = [text for text in texts if back[text] != text]
@@ -884,6 +901,7 @@ def check_labels(
     problem = f"{len(changed)} labels or choices come back changed from the vocabulary: {shown}"
     if faults := sorted({character for text in lost for character in {*text} - {*back[text]}}):
         problem += f"; it cannot write these characters: {' '.join(faults)}"
+    # Two labels may come back as one, such as "a</s>" and "a".
     written = {" ".join(back[label].split()) for label in closed}
     if closed & set(lost) or len(written) < len(closed):
         raise UserError(f"{problem}; write these labels in other characters, each its own way")
@@ -928,9 +946,11 @@ class TokenRows:
         return len(self.tasks)
 
     def source(self, i: int) -> np.ndarray:
+        """Returns the ids of a row's source, (S,) int32."""
         return self.source_ids[self.source_offsets[i] : self.source_offsets[i + 1]]
 
     def target(self, i: int) -> np.ndarray:
+        """Returns the ids of a row's target, (T,) int32."""
         return self.target_ids[self.target_offsets[i] : self.target_offsets[i + 1]]
 
     def lengths(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -996,6 +1016,7 @@ def _pack(
 
 @functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of n examples in an epoch. The cache saves a shuffle at each step."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -1047,6 +1068,7 @@ def micro_batches(
         """All ranks wait for the slowest of the `world` micro-batches that run at one time."""
         return sum(positions + overhead for positions, _, _ in pieces[::world])
 
+    # Limits from the largest that is allowed down to the longest row, a tenth less each time.
     longest = max(source + target for _, source, target in rows)
     limits = [min(micro_tokens, len(rows) * longest)]
     while limits[-1] > longest:
