@@ -790,7 +790,8 @@ def _why_unreadable(path: Path) -> str:
         return "a git-lfs pointer, not the file; fetch that with `git lfs pull`"
     if path.with_name("tokenizer.json").exists() and not path.exists():
         fetch = f"`hf download google/t5-v1_1-base spiece.model --local-dir {path.parent}`"
-        return f"newer transformers saves tokenizer.json alone; copy spiece.model by {fetch}"
+        reason = "newer transformers saves tokenizer.json alone"
+        return f"{reason}; copy spiece.model of the base model, as by {fetch}"
     return ""
 
 
@@ -895,15 +896,16 @@ def check_labels(
     # What the student would write, at best: each text as ids, and these as text again.
     texts = sorted(labels | choices)
     back = dict(zip(texts, map(tokenizer.decode, tokenizer.encode_batch(texts))))
+    lost = {text for text in texts if back[text].split() != text.split()}  # more than space
     changed = [text for text in texts if back[text] != text]
-    lost = [text for text in changed if back[text].split() != text.split()]  # more than space
-    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in (lost or changed)[:5])
+    changed.sort(key=lambda text: text not in lost)
+    shown = ", ".join(f"{text!r} as {back[text]!r}" for text in changed[:5])
     problem = f"{len(changed)} labels or choices come back changed from the vocabulary: {shown}"
     if faults := sorted({character for text in lost for character in {*text} - {*back[text]}}):
         problem += f"; it cannot write these characters: {' '.join(faults)}"
     # Two labels may come back as one, such as "a</s>" and "a".
     written = {" ".join(back[label].split()) for label in closed}
-    if closed & set(lost) or len(written) < len(closed):
+    if closed & lost or len(written) < len(closed):
         raise UserError(f"{problem}; write these labels in other characters, each its own way")
     notes = [f"warning: {problem}"] if changed else []
     folded = {label: " ".join(label.split()).casefold() for label in sorted(labels)}
