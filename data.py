@@ -119,9 +119,9 @@ def evaluate_arithmetic(text: str) -> Fraction | None:
     """
     if len(text) > MAX_LENGTH:
         return None
-    # Nothing but numbers and signs: the tokens, joined, are the whole text without its spaces.
-    tokens = [*TOKEN.findall(text), "end"][::-1]  # a stack, the next token on top
-    if "".join(tokens[:0:-1]) != "".join(text.split()) or max(map(len, tokens)) > MAX_DIGITS:
+    tokens = ["end", *reversed(TOKEN.findall(text))]  # a stack: the next token is the last
+    # Nothing but space may be between the tokens.
+    if TOKEN.sub("", text).strip() or max(map(len, tokens)) > MAX_DIGITS:
         return None
 
     def parse(level: int, depth: int) -> Fraction:
@@ -132,7 +132,7 @@ def evaluate_arithmetic(text: str) -> Fraction | None:
                 value = OPERATIONS[tokens.pop()](value, parse(level + 1, depth))
             return value
         token = tokens.pop()
-        if token not in "(-":
+        if token not in ("(", "-"):
             return Fraction(token)  # raises ValueError for all but a number
         if depth == MAX_DEPTH:
             raise ValueError("too deep")
