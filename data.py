@@ -548,7 +548,8 @@ def _join_completions(task: Task, path: Path, examples: list[Example], files: li
             raise UserError(f"{file}: {reason}; it comes from {task.source}") from None
     if len(completions) != len(examples):
         counts = f"{len(completions)} completions for {len(examples)} rows of {path}"
-        raise UserError(f"{files[0]} and those after it are for another dataset: {counts}")
+        problem = f"{files[0]} and those after it are for another dataset: {counts}"
+        raise UserError(f"{problem}; get both from {task.source}")
     for example, completion in zip(examples, completions):
         rationale, example.teacher_label = parse_completion(task, completion) or (None, None)
         example.rationale = rationale or None
@@ -832,7 +833,8 @@ class Tokenizer:
         self.special |= {f"<extra_id_{n}>": self.vocab_size - 1 - n for n in range(SENTINELS)}
         if added := [token for token, id in _added(path) if self.special.get(token) != id]:
             names = ", ".join(map(repr, added[:10]))
-            raise UserError(f"{path.parent}: {len(added)} added tokens cannot be used: {names}")
+            problem = f"{len(added)} added tokens are not implemented: {names}"
+            raise UserError(f"{path.parent}: {problem}; give the folder of a model without them")
 
     def encode(self, text: Text, max_length: int | None = None) -> list[int]:
         """Returns the ids of a text, or of several parts, each followed by EOS. They are at most
