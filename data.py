@@ -629,8 +629,6 @@ COMPUTES = (
 # At most four other words after a number are its unit.
 UNIT = rf"(?!(?:{COMPUTES})(?![^\W\d_]))[^\W\d_]+"
 UNITS = re.compile(rf"(?<=[\d)])\s*°?{UNIT}(?:(?:\s+|[/'’-]){UNIT}){{0,3}}(?![^\W_])")
-# The released parser's expression: arithmetic, and lists such as "(3 + 1) and (9 - 2)".
-RELEASED = re.compile(rf"\(({NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+")
 
 
 def parse_completion(
@@ -736,14 +734,14 @@ def _numbers(text: str) -> str:
 
 
 def _released_expression(sentence: str) -> str | None:
-    """Returns an expression as the released parser cuts it: "(16 * 17) * 4" becomes "(16 * 17)";
-    of "(3 + 1) and (9 - 2)" the last remains, which is the value of Python's `and`."""
-    match = RELEASED.match(EMPHASIS.sub(r"\2", sentence).lstrip("$"))
-    run = match[0].strip() if match else ""
-    if run.count("(") > run.count(")") or run.endswith(("+", "-", "*", "/")):
+    """Returns an expression as the released parser cuts it, from the first parenthesis to the last:
+    "(16 * 17) * 4" becomes "(16 * 17)"; of "(3 + 1) and (9 - 2)" the last remains, which is the
+    value of Python's `and`."""
+    sentence = EMPHASIS.sub(r"\2", sentence).lstrip("$")
+    match = re.match(r"\(.*\)", sentence)
+    if not match or sentence.count("(") > sentence.count(")") or sentence[-1] in "+-*/":
         return None  # the completion was cut off: "(120 /", "(9 - 2) * (3"
-    label = run.split("and")[-1].strip()
-    label = label[: label.rfind(")") + 1]
+    label = match[0].split("and")[-1].strip()
     if label.count(")") > label.count("("):  # one around the sentence or the whole list
         label = label[:-1]
     return label if evaluate_arithmetic(label) is not None else None
