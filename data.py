@@ -10,7 +10,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import operator
 import os
 import re
@@ -21,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,7 +75,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def lock(path: Path) -> FileIO:
+def lock(path: Path) -> BinaryIO:
     """Opens a file for appending and locks it against other processes until it is closed; the
     system unlocks it after SIGKILL too. Creates the file and its folder.
 
@@ -88,30 +86,21 @@ def lock(path: Path) -> FileIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab", buffering=0)
     except OSError as error:
-        raise UserError(
-            f"--out {path}: {error.strerror}; give a name that can be written"
-        ) from None
+        raise UserError(f"--out {path}: {error.strerror}; give another name") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(
-            f"{path} is in use by another process; wait for it, or give another --out"
-        ) from None
+        raise UserError(f"{path} is in use by another process; give another --out") from None
     except OSError as error:  # Lustre without `-o flock`, some NFS and FUSE
-        reason = f"this filesystem has no locks ({error.strerror})"
-        print(f"warning: {path}: {reason}; use one process", file=sys.stderr)
+        print(f"warning: {path} has no lock: {error.strerror}; use one process", file=sys.stderr)
     return file
 
 
 def sha256(content: bytes | Path) -> str:
-    """The sha256 of bytes, or of a file that is read in pieces, as 64 hexadecimal digits."""
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    digest = hashlib.sha256()
-    with open(content, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    """The sha256 of bytes, or of what is in a file, as 64 hexadecimal digits."""
+    if isinstance(content, Path):
+        content = content.read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 # ---- Arithmetic: the value of model text, which is never executed --------------------------------
@@ -130,8 +119,9 @@ def evaluate_arithmetic(text: str) -> Fraction | None:
     """
     if len(text) > MAX_LENGTH:
         return None
-    tokens = [*TOKEN.findall(text), "end"][::-1]  # a stack, the next token on top
-    if "".join(tokens[:0:-1]) != "".join(text.split()) or max(map(len, tokens)) > MAX_DIGITS:
+    tokens = ["end", *reversed(TOKEN.findall(text))]  # a stack: the next token is the last
+    # Nothing but space may be between the tokens.
+    if TOKEN.sub("", text).strip() or max(map(len, tokens)) > MAX_DIGITS:
         return None
 
     def parse(level: int, depth: int) -> Fraction:
@@ -142,7 +132,7 @@ def evaluate_arithmetic(text: str) -> Fraction | None:
                 value = OPERATIONS[tokens.pop()](value, parse(level + 1, depth))
             return value
         token = tokens.pop()
-        if token not in "(-":
+        if token not in ("(", "-"):
             return Fraction(token)  # raises ValueError for all but a number
         if depth == MAX_DEPTH:
             raise ValueError("too deep")
@@ -161,12 +151,10 @@ def evaluate_arithmetic(text: str) -> Fraction | None:
 # ---- The datasets --------------------------------------------------------------------------------
 
 SPLITS = ("train", "valid", "test")
-ARCHIVE = (
-    "the released archive: `git clone https://github.com/google-research/distilling-step-by-step`, "
-    "unpack the datasets in it"
-)
+ARCHIVE = "`git clone https://github.com/google-research/distilling-step-by-step`, unpacked"
 NLI = ("entailment", "neutral", "contradiction")  # in the order of the integer labels
 LETTERS = "abcdefghij"  # of the choices in an input
+MARKER = "So the answer is"  # of a folder whose task.json has no other
 WANTED = {str: "a text", list: "a list", int: "an integer", float: "a number", type(None): "null"}
 
 
@@ -187,7 +175,6 @@ class Task:
     palm: dict[str, int] | None = None  # the number of files with completions, for each file split
     human: str | None = None  # the key of a human's explanation
     source: str = "your own folder: train.jsonl, and optionally valid.jsonl and test.jsonl"
-    record: str = ""  # an example of a line; "": made of the keys that `read` looks up
     also: tuple[str, ...] = ()  # markers that other teachers write
     end: str = "."  # what comes after the label
     choices: bool = False  # multiple choice: each input ends in its "Answer Choices:"
@@ -203,60 +190,64 @@ def typed(key: str, value: Any, *kinds: type) -> Any:
 
 
 def _read_own(r: dict) -> tuple[str | None, Text, str | None]:
+    """Our own format: id, input (a text or a list of two) and label, which may be missing."""
     parts = r["input"]
     input = tuple(parts) if isinstance(parts, list) else parts
     return typed("id", r["id"], str), input, r.get("label")
 
 
 def _read_choices(r: dict) -> tuple[str | None, Text, str | None]:
+    """CommonsenseQA: the choices become lines of the input, the label is the text of one."""
+    id, question, answer = r["id"], typed("question", r["question"], str), r["answer"]
     choices = zip(LETTERS, typed("choices", r["choices"], list))
     lines = [f"({letter}) {choice}" for letter, choice in choices]
-    question = typed("question", r["question"], str)
-    return r["id"], "\n".join([question, "Answer Choices:", *lines]), r["answer"]
+    return id, "\n".join([question, "Answer Choices:", *lines]), answer
 
 
 def _read_nli(r: dict) -> tuple[str | None, Text, str | None]:
+    """e-SNLI and ANLI: the input is a pair, the label an integer; only ANLI has ids."""
+    parts = tuple(typed(key, r[key], str) for key in ("premise", "hypothesis"))
     label = typed("label", r["label"], int, float)  # pandas writes 1.0
     if label not in (0, 1, 2):
         raise ValueError(f"label {label!r} is not 0 {NLI[0]}, 1 {NLI[1]} or 2 {NLI[2]}")
-    parts = (typed(key, r[key], str) for key in ("premise", "hypothesis"))
-    return r.get("uid"), tuple(parts), NLI[int(label)]
+    return r.get("uid"), parts, NLI[int(label)]
 
 
 def _read_asdiv(r: dict) -> tuple[str | None, Text, str | None]:
+    """ASDiv: the two texts of SVAMP's inputs, and no label."""
     return r["ID"], "\n".join(typed(key, r[key], str) for key in ("Body", "Question")), None
 
 
 # fmt: off
 TASKS = {task.name: task for task in (
-    # Above each benchmark: what one of its released completions looks like.
+    # Above each benchmark: a line of its file, and what one of its released completions looks like.
+    # {"input":"Luke [...] round?","label":"( 84.0 \/ 2.0 )"}
     # Luke scored 84 points [...] 84 / 2 = 42. The answer is (84 / 2).\n\nQ: There are [...]
     Task("svamp", None, "arithmetic", "The answer is", "svamp", "svamp_{}.json",
          lambda r: (None, r["input"], r["label"]), cut=True, palm={"train": 2, "test": 1},
-         source=ARCHIVE, record=r'{"input":"Luke [...] round?","label":"( 84.0 \/ 2.0 )"}'),
+         source=ARCHIVE),
+    # {"id":"6b81[...]","question":"\"There are 10 apples [...]","choices":["park","coloring book",
+    # "garden center","math problem","gravity"],"answer":"math problem",
+    # "abstractive_explanation":"webmath is [...]","extractive_explanation":"[...]"}
     # The answer must be something [...] So the answer is (d) math problem.\n\nQ: "The man [...]
     Task("cqa", None, "text", "So the answer is", "cqa", "cqa_{}.json", _read_choices, cut=True,
          palm={"train": 10, "test": 2}, human="abstractive_explanation", source=ARCHIVE,
-         choices=True,
-         record='{"id":"6b81[...]","question":"\\"There are 10 apples [...]","choices":["park","co'
-         'loring book","garden center","math problem","gravity"],"answer":"math problem",'
-         '"abstractive_explanation":"webmath is [...]","extractive_explanation":"[...]"}'),
+         choices=True),
+    # {"premise":"[...]","hypothesis":"[...]","label":1,"explanation_1":"[...]"}
     # [...]\nAnswer: neutral\n\nPremise: [...]
     Task("esnli", NLI, "text", "Answer:", "esnli", "esnli_{}.json", _read_nli,
          palm={"train": 100, "valid": 2, "test": 2}, human="explanation_1", source=ARCHIVE,
-         record='{"premise":"[...]","hypothesis":"[...]","label":1,"explanation_1":"[...]"}',
          also=("So the answer is", "The answer is"), end=""),
+    # {"uid":"[...]","premise":"[...]","hypothesis":"[...]","label":2,"reason":"[...]"}
     # [...] So the answer is contradiction.\n\nPremise: [...]
     Task("anli1", NLI, "text", "So the answer is", "anli1", "anli1_{}.json", _read_nli,
          palm={"train": 4, "valid": 1, "test": 1}, human="reason", source=ARCHIVE,
-         record='{"uid":"[...]","premise":"[...]","hypothesis":"[...]","label":2,"reason":"[...]"}',
          also=("The answer is",)),
     # Its labels are not read: it gives more inputs for SVAMP's teacher (Figures 7 and 9).
-    Task("asdiv", None, "arithmetic", "The answer is", "asdiv", "ASDiv.xml",
-         _read_asdiv, ("train",),
-         source="https://github.com/chaochun/nlu-asdiv-dataset",
-         record='<Problem ID="nluds-0001"><Body>Seven red [...]</Body><Question>How [...]'),
-    Task("demo", None, "text", "So the answer is", str(Path(__file__).resolve().parent / "demo")),
+    # <Problem ID="nluds-0001"><Body>Seven red [...]</Body><Question>How [...]
+    Task("asdiv", None, "arithmetic", "The answer is", "asdiv", "ASDiv.xml", _read_asdiv,
+         ("train",), source="https://github.com/chaochun/nlu-asdiv-dataset"),
+    Task("demo", None, "text", MARKER, str(Path(__file__).resolve().parent / "demo")),
 )}
 # fmt: on
 
@@ -270,7 +261,7 @@ def get_task(name: str | Task) -> Task:
     """
     if isinstance(name, Task):
         return name
-    task = TASKS.get(name) or Task(name, None, "text", "So the answer is", name)
+    task = TASKS.get(name) or Task(name, None, "text", MARKER, name)
     if task.read:
         return task
     folder = Path(task.folder).absolute()
@@ -278,46 +269,32 @@ def get_task(name: str | Task) -> Task:
     if not train.is_file():
         allowed = f"one of {', '.join(TASKS)}, or a folder holding train.jsonl"
         raise UserError(f"dataset {name!r} is unknown: {allowed}")
-    facts = _read_task_file(folder / "task.json")
+    facts = _read_task_file(folder / "task.json", task)
+    if "labels" not in facts and facts["scorer"] == "text":
+        lines = _read(train, lambda r: _text("label", r.get("label")), OWN_FORM)
+        labels = sorted({label for _, label in lines} - {None})
+        facts["labels"] = tuple(labels) if 0 < len(labels) <= 20 else None
     cut = not (folder / "valid.jsonl").is_file()
-    task = replace(task, folder=str(folder), cut=cut, **facts)
-    if "labels" in facts or task.scorer == "arithmetic":
-        return task
-    stat = train.stat()
-    return replace(task, labels=_labels_seen(train, stat.st_mtime_ns, stat.st_size))
+    return replace(task, folder=str(folder), cut=cut, **facts)
 
 
-def _read_task_file(path: Path) -> dict:
-    """Returns the fields of Task that a folder's task.json sets; {} where there is no such file."""
-    if not path.is_file():
-        return {}
+def _read_task_file(path: Path, task: Task) -> dict:
+    """Returns the scorer and the marker of a folder's task.json, by default the task's, and the
+    labels where it has them. UserError where it has another form."""
     try:
-        facts = json.loads(path.read_bytes())
-        fields = {key: facts[key] for key in facts.keys() & {"labels", "scorer", "marker"}}
-        if "marker" in facts:
-            fields["marker"] = " ".join(facts["marker"].split())
-        if facts.get("labels") is not None:
-            labels = typed("labels", facts["labels"], list)
-            fields["labels"] = tuple(label.strip() for label in labels)
-        empty = "" in (fields.get("marker"), *(fields.get("labels") or ()))
-        scorer = facts.get("scorer", "text")
-        if empty or facts.get("labels") == [] or scorer not in ("text", "arithmetic"):
-            raise ValueError("an unknown scorer, or nothing where a text should be")
+        facts = json.loads(path.read_bytes()) if path.is_file() else {}
+        marker = _text("marker", facts.get("marker", task.marker))
+        fields = {"scorer": facts.get("scorer", task.scorer), "marker": marker}
+        if "labels" in facts:
+            labels = typed("labels", facts["labels"], list, type(None))
+            fields["labels"] = labels and tuple(_text("label", label) for label in labels)
+        if marker is None or facts.get("labels") == [] or None in (fields.get("labels") or ()):
+            raise ValueError("a list or a text is empty")
+        if fields["scorer"] not in ("text", "arithmetic"):
+            raise ValueError(f"scorer {fields['scorer']!r} is unknown")
         return fields
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        raise UserError(
-            f'{path} is not {{"labels": a list of texts or null, "scorer": "text" or '
-            f'"arithmetic", "marker": a text}}: {path.read_bytes()[:200]!r}'
-        ) from None
-
-
-@functools.lru_cache(maxsize=16)
-def _labels_seen(path: Path, changed: int, size: int) -> tuple[str, ...] | None:
-    """Returns the labels in a train.jsonl, or None if they are more than 20. A file that changed
-    has another time or size, so the cache does not hide it."""
-    lines = _read(path, lambda r: _text("label", r.get("label")), OWN_FORM.format('"yes"'))
-    labels = sorted({label for _, label in lines} - {None})
-    return tuple(labels) if 0 < len(labels) <= 20 else None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; it looks like {TASK_FORM}") from None
 
 
 def data_files(
@@ -372,20 +349,18 @@ def load_dataset(
     task, counts = get_task(name), Counter() if counts is None else counts
     path, *answers = data_files(task, split, root, rationales)
     examples = _read_examples(task, split, path, rationales)
-    if isinstance(rationales, str):
-        if answers:
-            _join_completions(task, path, examples, answers)
+    if answers and isinstance(rationales, str):
+        _join_completions(task, path, examples, answers)
     elif answers:
-        tasks = [task, *([get_task(mixed_with)] if mixed_with else [])]
-        others = [(t, s) for t in tasks for s in t.splits if has_split(t, s, root)]
-        others.remove((task, split))
-        counts["teacher_ids_unmatched"] += _join_files(task, examples, answers, others, root)
+        related = [task, get_task(mixed_with)] if mixed_with else [task]
+        counts["teacher_ids_unmatched"] += _join_files(examples, answers, related, root)
+    # Completions are joined by row, so the file is divided after that.
     if task.cut and split != "test":
         examples = [examples[i] for i in split_indices(len(examples))[split == "valid"]]
     for example in examples:
-        stripped = example.label and example.label.strip()
-        if stripped != example.label:
-            example.label, counts["labels_stripped"] = stripped, counts["labels_stripped"] + 1
+        if example.label and example.label != example.label.strip():
+            example.label = example.label.strip()
+            counts["labels_stripped"] += 1
         if example.teacher_label and not_allowed(task, example.input, example.teacher_label):
             example.teacher_label = None
             counts["teacher_labels_dropped"] += 1
@@ -401,10 +376,12 @@ def split_indices(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[n_valid:]), np.sort(order[:n_valid])
 
 
-OWN_FORM = '{{"id": "7", "input": "text, or a list of two", "label": {}}}'
-UTF8 = "utf-8-sig"  # passes over a byte order mark
-CONVERT = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in'
-OUT = '(sys.stdin)]" < {} > new'.format
+# What the files look like: task.json, a line of our own format, a line of a teacher's file.
+TASK_FORM = '{"labels": ["yes", "no"] or null, "scorer": "text" or "arithmetic", "marker": "so:"}'
+OWN_FORM = '{"id": "7", "input": "a text, or a list of two", "label": "a text, or null"}'
+TEACHER_FORM = '{"id": "7", "rationale": "because", "teacher_label": "yes"}'
+# Makes such lines of a JSON array or a CSV file: the reader, and the file's name.
+CONVERT = 'python -c "import csv, json, sys; [print(json.dumps(r)) for r in {}(sys.stdin)]" < {}'
 
 
 def _read(path: Path, make: Callable, form: str, source: str = "") -> Iterator[tuple[int, Any]]:
@@ -430,17 +407,11 @@ class _Keys(dict):
     def __missing__(self, key: str) -> str:
         return self.setdefault(key, "...")
 
-    def get(self, key: str, default: Any = None) -> str:
-        return self[key]
-
 
 def _form(task: Task) -> str:
-    """Returns an example of a line in the task's files."""
-    if task.record:
-        return task.record
+    """Returns an example of a line in the task's files: its keys are those that `read` looks up."""
     if task.read is None:
-        label = task.labels[0] if task.labels else "1 + 2" if task.scorer == "arithmetic" else "yes"
-        return OWN_FORM.format(json.dumps(label, ensure_ascii=False))
+        return OWN_FORM
     keys = _Keys()
     with contextlib.suppress(Exception):  # it may want no text where it gets one
         task.read(keys)
@@ -450,52 +421,55 @@ def _form(task: Task) -> str:
 def read_records(
     path: Path | str, lines: Iterable[bytes | str], make: Callable[[dict], Any], form: str
 ) -> Iterator[tuple[int, Any]]:
-    """Yields (line number from 1, make(object)) of JSON lines; passes over blank lines.
+    """Yields (line number from 1, make(object)) of JSON lines; passes over blank lines and a byte
+    order mark.
 
     UserError with path and line, and with `form`, an example of a line, where a line is no JSON
     object or `make` raises for it, as a missing key or a wrong type does. Where the whole file has
     another form, that is said, with the command that converts it.
     """
-    value: Any = None
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            text = line if isinstance(line, str) else line.decode(("utf-8", UTF8)[number == 1])
-            if not text.strip():
-                continue
-            value = json.loads(text)
+            value = json.loads(line)
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
-            made = make(value)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            yield number, make(value)
+            continue
+        except KeyError as error:
+            reason = f"no {error}"
+        except (TypeError, AttributeError, IndexError) as error:
+            # Python's words alone would not say which key they are about.
+            kinds = ", ".join(f"{key} {type(v).__name__}" for key, v in value.items())
+            reason = f"{error} ({kinds})"
+        except (ValueError, RecursionError) as error:
             # Of JSON's errors the message alone: their own line and column would confuse.
-            reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "msg", error)
-            if isinstance(error, (TypeError, AttributeError, IndexError)):
-                kinds = ", ".join(f"{key} {type(v).__name__}" for key, v in value.items())
-                reason = f"{error} ({kinds})"
-            elif Path(path).is_file():
-                reason = other_form(path, Path(path).read_bytes(), csv=number == 1) or reason
-            raise UserError(f"{path}:{number}: {reason}; a line looks like {form}") from None
-        yield number, made
+            reason = getattr(error, "msg", error)
+        if Path(path).is_file():
+            reason = other_form(path, Path(path).read_bytes(), csv=number == 1) or reason
+        raise UserError(f"{path}:{number}: {reason}; a line looks like {form}")
 
 
 def other_form(path: Path | str, content: bytes, csv: bool = False) -> str:
     """Returns "" for a file of lines in UTF-8; else what the file is, and how to convert it. A file
     is CSV only if `csv` says that it should have been JSON."""
-    name, text = shlex.quote(str(path)), ""
-    encoding = re.sub("-([LB]E)$", r"\1", json.detect_encoding(content).upper())
+    name = shlex.quote(str(path))
+    encoding = json.detect_encoding(content).upper()  # by its byte order mark and its zero bytes
     try:
-        text = content.decode(UTF8).strip()
+        text = content.decode(encoding).strip()
     except UnicodeDecodeError:
-        encoding = "latin-1" if encoding.startswith("UTF-8") else encoding
+        encoding = "latin-1"
     if not encoding.startswith("UTF-8"):
-        known = encoding.replace("latin-1", "LATIN1")  # iconv's name
-        convert = f"`iconv -f {known} -t UTF-8 {name} > new`"
-        return f"not UTF-8; it looks like {encoding}; convert it: {convert}"
+        known = re.sub("-(?=1$|[LB]E$)", "", encoding)  # iconv's name: latin1, UTF-16LE
+        return f"not UTF-8; it looks like {encoding}: `iconv -f {known} -t UTF-8 {name} > new`"
     with contextlib.suppress(ValueError, RecursionError):
         if text.startswith("[") and isinstance(json.loads(text), list):
-            return f"a JSON array, not JSON lines; convert it: `{CONVERT} json.load{OUT(name)}`"
+            command = CONVERT.format("json.load", name)
+            return f"a JSON array, not JSON lines; convert it: `{command} > new`"
     if csv and re.match(r"[^{[<\n]+[,;\t]", text):
-        return f"looks like CSV, not JSON lines; convert it: `{CONVERT} csv.DictReader{OUT(name)}`"
+        command = CONVERT.format("csv.DictReader", name)
+        return f"looks like CSV, not JSON lines; convert it: `{command} > new`"
     return ""
 
 
@@ -573,84 +547,88 @@ def _join_completions(task: Task, path: Path, examples: list[Example], files: li
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{file}: {reason}; it comes from {task.source}") from None
     if len(completions) != len(examples):
-        raise UserError(
-            f"{files[0]} and those after it are for another dataset: {len(completions)} "
-            f"completions for {len(examples)} rows of {path}; get both from {task.source}"
-        )
+        counts = f"{len(completions)} completions for {len(examples)} rows of {path}"
+        problem = f"{files[0]} and those after it are for another dataset: {counts}"
+        raise UserError(f"{problem}; get both from {task.source}")
     for example, completion in zip(examples, completions):
         rationale, example.teacher_label = parse_completion(task, completion) or (None, None)
         example.rationale = rationale or None
 
 
 def _join_files(
-    task: Task,
-    examples: list[Example],
-    files: list[Path],
-    others: list[tuple[Task, str]],
-    root: str | Path,
+    examples: list[Example], files: list[Path], related: list[Task], root: str | Path
 ) -> int:
-    """Joins a teacher's answers in our own format to examples by id. Returns the number of ids
-    that are neither an example's nor in `others`, which are splits of this and other datasets."""
-    by_id, seen, n_unmatched = {example.id: example for example in examples}, set(), 0
+    """Joins a teacher's answers in our own format to examples by id. Returns the number of ids that
+    are in no split of the examples' dataset, the first of `related`, nor of another."""
+    by_id = {example.id: example for example in examples}
+    known, seen = set(by_id), set()
 
     def join(r: dict) -> str:
         id = typed("id", r["id"], str)
         if id in seen:
             raise ValueError(f"id {id!r} occurs twice")
         seen.add(id)
+        # The answer to another split's example is checked like the others, and dropped.
         _add_answer(by_id.get(id, Example("", "", None)), r)
         return id
 
-    form = '{"id": "7", "rationale": "because", "teacher_label": "yes"}'
     for file in files:
-        ids = {id for _, id in _read(file, join, form, "teacher.py, or --rationales is mistyped")}
-        unmatched = ids - by_id.keys()
-        for other, split in others if unmatched else ():  # reading them takes a while
-            unmatched -= {example.id for example in load_dataset(other, split, root)}
-        if unmatched == ids:
-            raise UserError(
-                f"{file} is for another dataset: none of its {len(ids)} ids is in {task.name}, "
-                f"whose ids look like {examples[0].id!r}"
-            )
-        n_unmatched += len(unmatched)
-    return n_unmatched
+        source = "teacher.py, or --rationales is mistyped"
+        ids = {id for _, id in _read(file, join, TEACHER_FORM, source)}
+        if not ids <= known:  # reading the other splits takes a while
+            splits = [(t, s) for t in related for s in t.splits if has_split(t, s, root)]
+            known |= {e.id for t, s in splits for e in load_dataset(t, s, root)}
+        if not ids & known:
+            reason = f"none of its {len(ids)} ids is in {related[0].name}"
+            like = f"whose ids look like {examples[0].id!r}"
+            raise UserError(f"{file} is for another dataset: {reason}, {like}")
+    return len(seen - known)
 
 
 # ---- Answers in text -----------------------------------------------------------------------------
+#
+# A completion is read from left to right. What follows an invented example is cut off. The text
+# before a marker is the rationale. The label is what follows the marker, up to the end of the
+# sentence, without the marks around it: a label of the closed set, the words of one choice, a whole
+# expression, or any text. All patterns take time that is linear in the length of the text, since
+# completions may be hostile.
 
 # Where a completion runs on into an invented example: at a line's start, or after a sentence.
 INVENTED = re.compile(r"(?:^|(?<=[.!?]))[ \t*_#]*(?:Q|Question|Input|Premise)[*_]*:", re.MULTILINE)
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
-# Markdown's emphasis and code, and quotes; the marks of headings, quotations and lists.
+# Marks around a marker or a label belong to neither it nor the rationale: Markdown's emphasis and
+# code, and quotes; and, at the start of a line, the marks of headings, quotations and lists.
 OPENING, CLOSING = "*_`\"'“‘", "*_`\"'”’"
 CLOSE = str.maketrans(OPENING, CLOSING)
 LINE_MARKS = "#>*+•-"
-SKIP = rf"(?:\n(?:[ \t]*[{LINE_MARKS}]+(?=\s))+|[\s:])*"  # from a marker to its answer
-LINE = re.compile(rf"{SKIP}(.*)")
-CHOICE = re.compile(rf"([{OPENING}]*)\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*(.*)")
+# From a marker to the end of its answer's line, without what is between the two.
+LINE = re.compile(rf"(?:\n(?:[ \t]*[{LINE_MARKS}]+(?=\s))+|[\s:])*(.*)")
+LETTER = re.compile(rf"\([*_`]*[{LETTERS}][*_`]*\)[*_`]*[ \t]*")  # of a choice: "(b) "
 # The full stop that ends an answer: the line's last, or one before a space, but not U.S. or Dr.
 STOP = re.compile(
     rf"(?:(?<!\.[A-Za-z])(?<!\b[DMS][rst])|(?=.[{CLOSING}]*$))\.([{CLOSING}]*)(?:\s|$).*"
 )
+# A pair of marks and the words between them, none of which has the same mark.
 EMPHASIS = re.compile(
     r"(?<!\S)([*_`]+(?![*_`])|[\"'“‘])(?=\S)((?:(?!\1).)+)(?<=\S)(?:\1|[”’])(?![\w(])"
 )
+# Marks at one end, whose partner is outside the label.
 LONE = re.compile(r"^[*_`\"“]+|[*_`\"”]+$")
+# An arithmetic answer that goes on in the next line: "7" and then "+ 2".
+CONTINUES = re.compile(r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]")
 # How others write numbers: 1,000 for 1000, $5, 3 x 4, and 5 red apples.
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d($])")
 SIGNS = str.maketrans("×·÷−–", "**/--", "$€£¥\\")
-WORD = r"[^\W\d_]+(?:[/'’-][^\W\d_]+)*"
-UNITS = re.compile(rf"(?<=[\d).])\s*°?{WORD}(?:\s+{WORD}){{0,3}}(?=\s*(?:[-+*/)]|$))")
 # Words that compute or compare, and variables: a number with one of these has another value.
-COMPUTES = frozenset(
-    "and or not if plus minus times over of by to from mod divided multiplied squared cubed point "
-    "factorial dozen dozens hundred hundreds thousand thousands million millions billion billions "
-    "trillion half halves third thirds quarter quarters percent more less fewer than pi bn e x y z "
-    "n k K M B ² ³".split()
+COMPUTES = (
+    "(?i:and|or|not|if|plus|minus|times|over|of|by|to|from|mod|divided|multiplied|point|factorial|"
+    "(?:dozen|hundred|thousand|million|billion|trillion|half|halve|third|quarter|percent)s?|bn|pi|"
+    "squared|cubed|more|less|fewer|than)|[exyznkKMB²³]"
 )
-# The released parser's expression: arithmetic, and lists such as "(3 + 1) and (9 - 2)".
-RELEASED = re.compile(rf"\(({NUMBER}|[-+*/() \t]|and(?=[ \t]*\())+")
+# At most four other words after a number are its unit.
+UNIT = rf"(?!(?:{COMPUTES})(?![^\W\d_]))[^\W\d_]+"
+UNITS = re.compile(rf"(?<=[\d)])\s*°?{UNIT}(?:(?:\s+|[/'’-]){UNIT}){{0,3}}(?![^\W_])")
 
 
 def parse_completion(
@@ -665,45 +643,42 @@ def parse_completion(
     ('84 / 2 = 42.', '(84 / 2)')
     """
     task = get_task(name)
+    # 1. The completion ends where it goes on to an invented example.
     text = INVENTED.split(completion.strip(), maxsplit=1)[0]
-    end, found = len(text), None
+    # 2. Each marker may have an answer after it; "The answer is easy." has none.
+    found = None
     for match in _marker(task).finditer(text):
-        if match.start() >= end:
-            break
-        rationale, opened = _before(text[: match.start()])
-        opened = "" if match["closed"].strip(":") else opened
-        window = text[match.end() : min(end, match.end() + MAX_LENGTH)]
+        window = text[match.end() : match.end() + MAX_LENGTH]
+        opened = "" if match["closed"].strip(":") else match["opened"]
         label = _answer(task, window, opened, released and task.palm is not None)
+        # 3. The first answer counts; a later one that differs makes the whole text doubtful.
         if label and found and not is_correct(task, label, found[1]):
             return None
         if label and not found:
-            found = rationale, label
+            found = _rationale(text[: match.start()]), label
             # Blank lines may divide a rationale, but after an answer they start something new.
-            blank = BLANK_LINE.search(text, LINE.match(text, match.end()).end())
-            end = blank.start() if blank else end
+            end = LINE.match(text, match.end()).end()
+            text = text[:end] + BLANK_LINE.split(text[end:], maxsplit=1)[0]
     return found
 
 
 def _marker(task: Task) -> re.Pattern:
     """Matches any of a task's markers from the start of a word, with any space and marks of
-    emphasis in it; "closed" are the marks and the colon that end it."""
+    emphasis in it. "opened" are the marks that open before it, around marker and label: "**" in
+    `Snow is white. **So the answer is no.**`; "closed" are the marks that end with the marker."""
     words = (re.findall(r"\w+|[^\w\s]", marker) for marker in (task.marker, *task.also))
     spellings = "|".join(r"[\s*_`]*".join(map(re.escape, marker)) for marker in words)
-    # re keeps the compiled pattern
-    return re.compile(rf"(?<![^\W_])(?:{spellings})(?P<closed>[:{CLOSING}]*(?=\s)|)")
+    opened = rf"(?P<opened>(?:(?<!\S)[{OPENING}]+)?)"
+    closed = rf"(?P<closed>(?:[:{CLOSING}]*(?=\s))?)"
+    return re.compile(rf"{opened}(?<![^\W_])(?:{spellings}){closed}")  # re keeps it
 
 
-def _before(text: str) -> tuple[str, str]:
-    """Returns the rationale in the text before a marker, and the marks that open around both
-    marker and label: `Snow is white. **` gives ("Snow is white.", "**")."""
-    rest = text.rstrip(OPENING)
-    opened = text[len(rest) :]
-    if rest and not rest[-1].isspace():
-        rest, opened = text, ""  # they close something: `"Yes."So the answer is`
-    lines = rest.split("\n")
+def _rationale(text: str) -> str:
+    """Returns the text before a marker, without lines at its end that hold only marks."""
+    lines = text.split("\n")
     while lines and not lines[-1].strip(LINE_MARKS + " \t"):
         lines.pop()
-    return "\n".join(lines).strip(), opened
+    return "\n".join(lines).strip()
 
 
 def _bare(text: str) -> str:
@@ -721,29 +696,22 @@ def _answer(task: Task, text: str, opened: str, released: bool) -> str | None:
     line = match[1].rstrip()
     sentence = STOP.sub(r"\1", line).removesuffix(opened.translate(CLOSE)[::-1])
     if task.scorer == "arithmetic":
-        # "7" is not the answer where the next line is "+ 2".
-        if not STOP.search(line) and re.match(
-            r"\n[ \t]*[-+*/=×÷)][ \t]*[\d($]", text[match.end() :]
-        ):
+        if not STOP.search(line) and CONTINUES.match(text, match.end()):
             return None
-        return (_released_expression if released else _expression)(sentence)
-    for label in sorted(task.labels or (), key=len, reverse=True):
+        return _released_expression(sentence) if released else _expression(sentence)
+    # A label's words may have any space between them.
+    spellings = {label: r"\s+".join(map(re.escape, label.split())) for label in task.labels or ()}
+    for label in sorted(spellings, key=len, reverse=True):
         # "neutral.", "**neutral**", "neutral, as he ...", but not "neutral or contradiction".
-        if match := re.match(rf"[{OPENING}]*{_spelling(label)}(?![^\W_]|-|_\w)(.*)", line):
-            rest = STOP.sub("", match[1])
-            others = (rf"(?<!\w){_spelling(other)}(?!\w)" for other in task.labels)
-            return None if any(re.search(other, rest) for other in others) else label
+        if match := re.match(rf"[{OPENING}]*{spellings[label]}(?![^\W_]|-|_\w)(.*)", line):
+            others = rf"(?<!\w)(?:{'|'.join(spellings.values())})(?!\w)"
+            return None if re.search(others, STOP.sub("", match[1])) else label
     if task.choices:
-        match = CHOICE.match(sentence)
-        sentence = match[1] + match[2] if match else ""
-        if re.search(rf"\([{LETTERS}]\)", sentence):  # "(a) ocean or (b) sea" is no answer
-            return None
+        before, *choices = LETTER.split(sentence)
+        if len(choices) != 1 or before.strip(OPENING):
+            return None  # "(a) ocean or (b) sea", "all of these"
+        sentence = before + choices[0]
     return _bare(sentence) or None
-
-
-def _spelling(label: str) -> str:
-    """Returns a pattern for a label, with any whitespace between its words."""
-    return r"\s+".join(map(re.escape, label.split()))
 
 
 def _expression(sentence: str) -> str | None:
@@ -760,26 +728,20 @@ def _numbers(text: str) -> str:
     """Returns an expression as `evaluate_arithmetic` reads it: "$1,000 x 3 boxes" is "1000 * 3"."""
     if evaluate_arithmetic(text) is None:
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-        text = TIMES.sub(" * ", text).translate(SIGNS).strip()
-        text = re.sub(rf"^(-?{NUMBER})\s*%$", r"\1", UNITS.sub(_without_unit, text))
+        text = UNITS.sub("", TIMES.sub(" * ", text).translate(SIGNS)).strip()
+        text = re.sub(rf"^(-?{NUMBER})\s*%$", r"\1", text)
     return " ".join(text.split())
 
 
-def _without_unit(match: re.Match) -> str:
-    words = re.findall(r"[^\W\d_]+", match[0])
-    words = {word if len(word) == 1 else word.lower() for word in words}
-    return match[0] if words & COMPUTES else ""
-
-
 def _released_expression(sentence: str) -> str | None:
-    """Returns an expression as the released parser cuts it: "(16 * 17) * 4" becomes "(16 * 17)";
-    of "(3 + 1) and (9 - 2)" the last remains, which is the value of Python's `and`."""
-    match = RELEASED.match(EMPHASIS.sub(r"\2", sentence).lstrip("$"))
-    run = match[0].strip() if match else ""
-    if run.count("(") > run.count(")") or run.endswith(("+", "-", "*", "/")):
+    """Returns an expression as the released parser cuts it, from the first parenthesis to the last:
+    "(16 * 17) * 4" becomes "(16 * 17)"; of "(3 + 1) and (9 - 2)" the last remains, which is the
+    value of Python's `and`."""
+    sentence = EMPHASIS.sub(r"\2", sentence).lstrip("$")
+    match = re.match(r"\(.*\)", sentence)
+    if not match or sentence.count("(") > sentence.count(")") or sentence[-1] in "+-*/":
         return None  # the completion was cut off: "(120 /", "(9 - 2) * (3"
-    label = run.split("and")[-1].strip()
-    label = label[: label.rfind(")") + 1]
+    label = match[0].split("and")[-1].strip()
     if label.count(")") > label.count("("):  # one around the sentence or the whole list
         label = label[:-1]
     return label if evaluate_arithmetic(label) is not None else None
@@ -826,10 +788,9 @@ def _why_unreadable(path: Path) -> str:
     if path.is_file() and path.read_bytes().startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file; fetch that with `git lfs pull`"
     if path.with_name("tokenizer.json").exists() and not path.exists():
-        return (
-            "missing: newer transformers saves tokenizer.json alone; copy spiece.model of the base "
-            f"model, as by `hf download google/t5-v1_1-base spiece.model --local-dir {path.parent}`"
-        )
+        fetch = f"`hf download google/t5-v1_1-base spiece.model --local-dir {path.parent}`"
+        reason = "newer transformers saves tokenizer.json alone"
+        return f"{reason}; copy spiece.model of the base model, as by {fetch}"
     return ""
 
 
@@ -869,10 +830,9 @@ class Tokenizer:
         self.special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
         self.special |= {f"<extra_id_{n}>": self.vocab_size - 1 - n for n in range(SENTINELS)}
         if added := [token for token, id in _added(path) if self.special.get(token) != id]:
-            raise UserError(
-                f"{path.parent} has {len(added)} added tokens, which are not implemented, such as "
-                f"{', '.join(map(repr, added[:10]))}; give the folder of a model without them"
-            )
+            names = ", ".join(map(repr, added[:10]))
+            problem = f"{len(added)} added tokens are not implemented: {names}"
+            raise UserError(f"{path.parent}: {problem}; give the folder of a model without them")
 
     def encode(self, text: Text, max_length: int | None = None) -> list[int]:
         """Returns the ids of a text, or of several parts, each followed by EOS. They are at most
@@ -888,18 +848,18 @@ class Tokenizer:
         for text in texts:
             parts = list(islice(ids, len(text)))
             if max_length is not None:
-                assert max_length >= len(parts), "every part needs room for its EOS"
-                budget = max_length - len(parts)
-                shortest_first = sorted(range(len(parts)), key=lambda i: len(parts[i]))
-                for left, i in zip(range(len(parts), 0, -1), shortest_first):
-                    parts[i] = parts[i][: budget // left]
-                    budget -= len(parts[i])
+                room = max_length - len(parts)
+                assert room >= 0, "every part needs room for its EOS"
+                parts = [part[:room] for part in parts]
+                while sum(map(len, parts)) > room:
+                    max(parts, key=len).pop()
             batch.append([id for part in parts for id in (*part, self.eos_id)])
         return batch
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without EOS. As in T5's tokenizer, special tokens in a text
         get their own ids, and SentencePiece encodes what is between them piece by piece."""
+        # Texts without special tokens, which most are, need no regular expression.
         split = [SPECIAL.split(text) if "<" in text else (text,) for text in texts]
         pieces = iter(self.model.Encode([piece for text in split for piece in text[::2]]))
         batch = []
@@ -930,27 +890,30 @@ def check_labels(
 
     UserError where a label of a closed set comes back changed, whitespace apart, or two as one.
     """
-    closed = task.labels or ()
-    labels = {*closed, *labels} - {None}
-    choices = {choice for input in inputs for choice in _choices(input)} if task.choices else ()
-    texts = sorted({*labels, *choices})
+    closed = set(task.labels or ())
+    labels = (closed | set(labels)) - {None}
+    choices = {choice for input in inputs for choice in _choices(input)} if task.choices else set()
+    # What the student would write, at best: each text as ids, and these as text again.
+    texts = sorted(labels | choices)
     back = dict(zip(texts, map(tokenizer.decode, tokenizer.encode_batch(texts))))
-    lost = {text for text in texts if back[text].split() != text.split()}
+    lost = {text for text in texts if back[text].split() != text.split()}  # more than space
     changed = [text for text in texts if back[text] != text]
     changed.sort(key=lambda text: text not in lost)
     shown = ", ".join(f"{text!r} as {back[text]!r}" for text in changed[:5])
     problem = f"{len(changed)} labels or choices come back changed from the vocabulary: {shown}"
-    if faults := " ".join(sorted({c for text in lost for c in {*text} - {*back[text]}})):
-        problem += f"; it cannot write these characters: {faults}"
+    if faults := sorted({character for text in lost for character in {*text} - {*back[text]}}):
+        problem += f"; it cannot write these characters: {' '.join(faults)}"
+    # Two labels may come back as one, such as "a</s>" and "a".
     written = {" ".join(back[label].split()) for label in closed}
-    if lost & {*closed} or len(written) < len(closed):
+    if closed & lost or len(written) < len(closed):
         raise UserError(f"{problem}; write these labels in other characters, each its own way")
     notes = [f"warning: {problem}"] if changed else []
-    alike: dict[str, list[str]] = {}
-    for label in sorted(labels) if task.scorer == "text" else ():
-        alike.setdefault(" ".join(label.split()).casefold(), []).append(label)
-    if twins := [", ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
-        notes.append(f"warning: labels that differ only in case or space: {'; '.join(twins[:5])}")
+    folded = {label: " ".join(label.split()).casefold() for label in sorted(labels)}
+    counts = Counter(folded.values())
+    alike = [label for label in folded if counts[folded[label]] > 1]
+    if alike and task.scorer == "text":
+        shown = ", ".join(map(repr, sorted(alike, key=folded.get)[:10]))
+        notes.append(f"warning: labels that differ only in case or space: {shown}")
     return notes
 
 
@@ -985,9 +948,11 @@ class TokenRows:
         return len(self.tasks)
 
     def source(self, i: int) -> np.ndarray:
+        """Returns the ids of a row's source, (S,) int32."""
         return self.source_ids[self.source_offsets[i] : self.source_offsets[i + 1]]
 
     def target(self, i: int) -> np.ndarray:
+        """Returns the ids of a row's target, (T,) int32."""
         return self.target_ids[self.target_offsets[i] : self.target_offsets[i + 1]]
 
     def lengths(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1053,6 +1018,7 @@ def _pack(
 
 @functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of n examples in an epoch. The cache saves a shuffle at each step."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -1100,15 +1066,16 @@ def micro_batches(
             source, target = max(source, s), max(target, t)
         return [*pieces, ((len(rows) - first) * (source + target), first, len(rows))]
 
-    best, least, longest = [], math.inf, max(s + t for _, s, t in rows)
-    limit = min(micro_tokens, len(rows) * longest)
-    while limit > 0:
-        pieces = sorted(cut(limit), reverse=True)
-        # All ranks wait for the slowest of the `world` micro-batches that run at one time.
-        time = sum(positions + overhead for positions, _, _ in pieces[::world])
-        if time < least:
-            best, least = pieces, time
-        limit = int(0.9 * limit) if limit > longest else 0
+    def time(pieces: list[tuple[int, int, int]]) -> int:
+        """All ranks wait for the slowest of the `world` micro-batches that run at one time."""
+        return sum(positions + overhead for positions, _, _ in pieces[::world])
+
+    # Limits from the largest that is allowed down to the longest row, a tenth less each time.
+    longest = max(source + target for _, source, target in rows)
+    limits = [min(micro_tokens, len(rows) * longest)]
+    while limits[-1] > longest:
+        limits.append(int(0.9 * limits[-1]))
+    best = min((sorted(cut(limit), reverse=True) for limit in limits), key=time)
     indices = [order[first:end] for _, first, end in best]
     indices += [order[:0]] * (-len(indices) % world)
     return [indices[rank::world] for rank in range(world)]
