@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import operator
 import os
@@ -97,10 +98,12 @@ def lock(path: Path) -> BinaryIO:
 
 
 def sha256(content: bytes | Path) -> str:
-    """The sha256 of bytes, or of what is in a file, as 64 hexadecimal digits."""
-    if isinstance(content, Path):
-        content = content.read_bytes()
-    return hashlib.sha256(content).hexdigest()
+    """The sha256 of bytes, or of a file that is read in pieces, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 # ---- Arithmetic: the value of model text, which is never executed --------------------------------
