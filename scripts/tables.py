@@ -13,8 +13,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -59,27 +58,22 @@ class Point:
     fraction: float = 1.0
     pool: float = 0.0  # the share of the unlabelled examples that is added
 
-    def __str__(self) -> str:
-        words = [self.dataset, self.size, self.method, f"{self.labels} labels"]
-        if self.rationales:
-            words.append(f"{'shuffled ' * self.shuffled}rationales {self.rationales}")
-        words.append(f"{100 * self.fraction:g} %")
-        if self.pool:
-            words.append(f"pool {100 * self.pool:g} %")
-        return ", ".join(words)
-
 
 # ---- Tables --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Entry:
-    """A point with the accuracies of its seeds, and their rows of results.csv. Few-shot CoT, which
-    is not trained, has one row and no seed."""
+    """A point with its seeds' rows of results.csv. Few-shot CoT, which is not trained, has one row
+    and no seed."""
 
     point: Point
-    scores: dict[str, float]  # by seed
     rows: list[dict]
+
+    @property
+    def scores(self) -> dict[int | None, float]:
+        """Accuracies by seed."""
+        return {row.get("seed"): row["accuracy"] for row in self.rows}
 
     @property
     def mean(self) -> float:
@@ -93,7 +87,7 @@ class Entry:
     @property
     def trained(self) -> bool:
         """A student is trained; few-shot CoT is not."""
-        return bool(self.rows[0].get("run"))
+        return "run" in self.rows[0]
 
 
 def standard_error(values: list[float]) -> float | None:
@@ -102,35 +96,28 @@ def standard_error(values: list[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def entries(rows: Iterable[dict]) -> list[Entry]:
-    """Groups rows by point, in the rows' order. Values may be strings, as csv gives them, or not
-    yet written."""
-    kinds = {f: type(v) for f, v in asdict(Point("", "", "")).items()}
-    read = {str: str, bool: lambda v: str(v) == "True", float: float}
-    points = defaultdict(list)
+def entries(rows: list[dict]) -> list[Entry]:
+    """Groups rows by point, in the rows' order."""
+    found = defaultdict(list)
     for row in rows:
-        points[Point(**{f: read[kind](row[f]) for f, kind in kinds.items()})].append(row)
-    return [
-        Entry(p, {r.get("seed", ""): float(r["accuracy"]) for r in found}, found)
-        for p, found in points.items()
-    ]
+        found[Point(**{f.name: row[f.name] for f in fields(Point)})].append(row)
+    return [Entry(point, rows) for point, rows in found.items()]
 
 
 def gain(e: Entry, all_of: list[Entry]) -> str:
     """The accuracy minus that of standard fine-tuning with the same data and size: the mean
     of the differences over the seeds that both have, and its standard error; empty where there is
     nothing to compare with. Runs of equal seeds have the same examples in the same order."""
-    same = ("dataset", "size", "labels", "fraction", "pool")
-    for other in all_of:
-        if e.point.method == "standard" or other.point.method != "standard":
-            continue
-        if any(getattr(e.point, name) != getattr(other.point, name) for name in same):
-            continue
-        pairs = [score - other.scores[s] for s, score in e.scores.items() if s in other.scores]
-        if pairs:
-            error = standard_error(pairs)
-            return f"{mean(pairs):+.3f}" + ("" if error is None else f" ({error:.3f})")
-    return ""
+    same = replace(e.point, method="standard", rationales="", shuffled=False)
+    others = [other for other in all_of if replace(other.point, rationales="") == same]
+    if e.point.method == "standard" or not others:
+        return ""
+    theirs = others[0].scores
+    pairs = [score - theirs[seed] for seed, score in e.scores.items() if seed in theirs]
+    if not pairs:
+        return ""
+    error = standard_error(pairs)
+    return f"{mean(pairs):+.3f}" + ("" if error is None else f" ({error:.3f})")
 
 
 def printed(name: str, p: Point) -> str:
@@ -167,7 +154,7 @@ def cells(name: str, e: Entry, all_of: list[Entry]) -> dict[str, str]:
         "labels": p.labels,
         "rationales": source(p),
         "examples": "none",
-        "steps": first.get("steps", ""),
+        "steps": str(first.get("steps", "")),
         "seeds": str(len(e.rows)) if e.trained else "",
         "accuracy": f"{e.mean:.3f}",
         "standard error": "" if e.error is None else f"{e.error:.3f}",
@@ -178,9 +165,9 @@ def cells(name: str, e: Entry, all_of: list[Entry]) -> dict[str, str]:
     }
     if e.trained:
         too = " and the teacher" * (p.method == "rationale-input")
-        line["parameters"] = f"{int(first['parameters']):,}{too}"
-        line["examples"] = f"{100 * p.fraction:g} % ({int(first['examples']):,}){pool}"
-        line["training tokens"] = f"{mean(float(row['tokens']) for row in e.rows):,.0f}"
+        line["parameters"] = f"{first['parameters']:,}{too}"
+        line["examples"] = f"{100 * p.fraction:g} % ({first['examples']:,}){pool}"
+        line["training tokens"] = f"{mean(row['tokens'] for row in e.rows):,.0f}"
     return line
 
 
@@ -243,8 +230,8 @@ def draw_lines(axes, column: str, chosen: list[Entry]) -> None:
         elif column == "examples" and len(found) == 1:
             continue
         else:
-            found.sort(key=lambda e: float(e.rows[0][column]))
-            x, y = [float(e.rows[0][column]) for e in found], [e.mean for e in found]
+            found.sort(key=lambda e: e.rows[0][column])
+            x, y = [e.rows[0][column] for e in found], [e.mean for e in found]
             errors = [e.error or 0 for e in found]
             axes.errorbar(x, y, errors, fmt="o-", markersize=4, capsize=2, color=colour)
             low, high = zip(*((m - error, m + error) for m, error in zip(y, errors)))
@@ -317,13 +304,12 @@ def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
     return True
 
 
-def first_screen(folder: Path, found: dict[Point, Entry]) -> None:
+def first_screen(folder: Path, shown: dict[str, list[Entry]]) -> None:
     """Writes README's picture and results.json, the means that train.py shows beside a run's own
-    accuracy: the bundled task's, at its largest size and with its own rationales."""
-    ours = [e for p, e in found.items() if p.dataset == "demo" and p.rationales in ("", "own")]
-    ours = [e for e in ours if e.point.size in ("tiny", "teacher") and not e.point.shuffled]
-    human = [e for e in ours if e.point.labels == "human" and e.point.method in BOTH]
-    teacher = [e for e in ours if e.point.labels == "teacher" or not e.trained]
+    accuracy: the bundled task's, from the entries of its figures."""
+    human = shown["figure4"]
+    more = [e for e in shown["figure7"] if e.point.pool or not e.trained]
+    teacher = shown["figure5"] + more
     panels = [
         ("examples", human, "People's labels, fewer examples"),
         ("examples", teacher, "The teacher's labels; the last point adds unlabelled inputs"),
@@ -340,19 +326,10 @@ def first_screen(folder: Path, found: dict[Point, Entry]) -> None:
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path) -> list[dict]:
-    """The file's rows, with all values as strings; no rows where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Writes a line for each row, with a column for each key that any row has."""
+    """Writes a line for each row; the first has all columns."""
     text = io.StringIO()
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, heads, lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
@@ -363,51 +340,42 @@ def write_results(
 ) -> Path:
     """Writes results.csv, table.md, figure.png and report.md; returns their folder.
 
-    `grids` has the points by name and data set, `rows` what is finished, `not_run` a line for each
-    run that is not. Rows that an earlier command left for other data sets stay, and are shown with
-    these: `table2 --dataset svamp` and then `--dataset cqa` fill one table. Nothing is written
-    where nothing finished."""
+    `grids` has the points by name and data set, `rows` what is finished, runs first, `not_run` a
+    line for each run that is not. Nothing is written where no run is finished."""
     folder = RESULTS / name
-    if not any(row.get("run") for row in rows):
+    if not any("run" in row for row in rows):
         return folder
-    now = {data for _, data in grids}
-    earlier = [row for row in read_csv(folder / "results.csv") if row["dataset"] not in now]
-    write_csv(folder / "results.csv", earlier + rows)
-    rows = read_csv(folder / "results.csv")
-    part = next(iter(grids))[0]
-    for e in entries(earlier):
-        grids.setdefault((part, e.point.dataset), []).append(e.point)
-
-    shown, found = [], {e.point: e for e in entries(rows)}
-    for part, data in sorted(grids, key=lambda key: [*TITLES].index(key[0])):
-        points = dict.fromkeys(grids[part, data])
+    write_csv(folder / "results.csv", rows)
+    shown, found = {}, {e.point: e for e in entries(rows)}
+    for (part, data), points in grids.items():
+        shown[part, data] = [found[p] for p in points if p in found]
         if part in WITH_TEACHER:
-            points |= dict.fromkeys(
-                p for p in found if (p.method, p.dataset) == ("few-shot-cot", data)
-            )
-        chosen = [found[p] for p in points if p in found]
+            shown[part, data] += [
+                e for e in found.values() if e.point.dataset == data and not e.trained
+            ]
+    texts, panels = [], []
+    for (part, data), chosen in shown.items():
+        title = f"{part}, {data}: {TITLES[part]}"
         if any(e.trained for e in chosen):
-            shown.append((part, chosen, f"{part}, {data}: {TITLES[part]}"))
-    tables = [f"## {title}\n\n{table(part, chosen)}\n" for part, chosen, title in shown]
-    write_text(folder / "table.md", "\n".join(tables))
-    panels = [
-        (AXES.get(part, ""), chosen, title)
-        for part, chosen, title in shown
-        if informative(part, chosen)
-    ]
+            texts.append(f"## {title}\n\n{table(part, chosen)}\n")
+            if informative(part, chosen):
+                panels.append((AXES.get(part, ""), chosen, title))
+    write_text(folder / "table.md", "\n".join(texts))
     drawn = figure(folder / "figure.png", panels)
     if name == "demo":
-        first_screen(folder, found)
-    write_text(folder / "report.md", report(name, tables, rows, not_run, drawn))
+        first_screen(folder, {part: chosen for (part, _), chosen in shown.items()})
+    write_text(folder / "report.md", report(name, texts, rows, not_run, drawn))
     return folder
 
 
 def report(name: str, tables: list[str], rows: list[dict], not_run: list[str], drawn: bool) -> str:
     """The page of a figure or table: what was run, the numbers, what was not run."""
-    trained = [row for row in rows if row.get("run")]
+    trained = [row for row in rows if "run" in row]
     weights = {re.sub(r"-seed-\d+$", "", row["weights"]) for row in trained}
-    values = {key: {row[key] for row in trained} for key in ("seed", "torch", "git_sha")}
-    seeds, torch, commits = (", ".join(sorted(found)) for found in values.values())
+    seeds, torch, commits = (
+        ", ".join(sorted({str(row[key]) for row in trained}))
+        for key in ("seed", "torch", "git_sha")
+    )
     picture = "![accuracies](figure.png)\n\n" if drawn else ""
     contents = "\n".join(tables)
     notes = "\n".join(f"- {line}" for line in not_run or ["nothing that this command asks for"])
