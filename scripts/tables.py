@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
+
 from data import write_json, write_text
 
 RESULTS, INPUTS = Path("results"), Path("results/inputs")
@@ -185,19 +187,17 @@ def table(name: str, all_of: list[Entry]) -> str:
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-# The column of results.csv on the horizontal axis; other panels have a line for each entry.
+# The column of results.csv on the horizontal axis. Tables have no picture.
 AXES = {
     **dict.fromkeys(["figure4", "figure5", "figure8", "figure9"], "examples"),
     **dict.fromkeys(["figure6", "figure7"], "parameters"),
 }
-AXIS_TITLES = {"examples": "training examples", "parameters": "student's parameters"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {
     "standard": "#0072B2",
     "step-by-step": "#D55E00",
     "few-shot-cot": "#444444",
     "rationale-input": "#CC79A7",
-    "single-task": "#009E73",
 }
 NAMES = {"standard": "labels alone", "few-shot-cot": "the teacher", "rationale-input": "PINTO"}
 
@@ -206,10 +206,10 @@ def informative(name: str, chosen: list[Entry]) -> bool:
     """Figures 8 and 9 say more than 6 and 7 only where a size passed the teacher, so that less data
     was tried."""
     less = [e for e in chosen if e.point.fraction < 1 or 0 < e.point.pool < 1]
-    return name not in ("figure8", "figure9") or bool(less)
+    return name in AXES and (name not in ("figure8", "figure9") or bool(less))
 
 
-def draw_lines(axes, column: str, chosen: list[Entry]) -> None:
+def draw(axes, column: str, chosen: list[Entry]) -> None:
     """Draws a line for each method, with a band of one standard error, and few-shot CoT across.
     Names stand beside the lines' ends. Where examples are the axis, each size has its own line, and
     a size of a single amount has none; else runs with unlabelled examples are points of their own.
@@ -231,16 +231,13 @@ def draw_lines(axes, column: str, chosen: list[Entry]) -> None:
             continue
         else:
             found.sort(key=lambda e: e.rows[0][column])
-            x, y = [e.rows[0][column] for e in found], [e.mean for e in found]
-            errors = [e.error or 0 for e in found]
+            x = [e.rows[0][column] for e in found]
+            y, errors = np.array([(e.mean, e.error or 0) for e in found]).T
             axes.errorbar(x, y, errors, fmt="o-", markersize=4, capsize=2, color=colour)
-            low, high = zip(*((m - error, m + error) for m, error in zip(y, errors)))
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, y - errors, y + errors, color=colour, alpha=0.15, linewidth=0)
         ends.append((found[-1].mean, label, colour))
     if column == "parameters":
         axes.set_xscale("log")
-    axes.set_xlabel(AXIS_TITLES[column], fontsize=8)
-    axes.set_ylabel("test accuracy", fontsize=8)
     below = -1.0
     for y, label, colour in sorted(ends):  # each name above the one below it
         y = max(y, below + 0.06 * (axes.get_ylim()[1] - axes.get_ylim()[0]))
@@ -249,58 +246,30 @@ def draw_lines(axes, column: str, chosen: list[Entry]) -> None:
         below = y
 
 
-def draw_entries(axes, chosen: list[Entry]) -> None:
-    """Draws a mark with its standard error for each entry, under its name, the first at the top."""
-    for i, e in enumerate(chosen):
-        style = {"fmt": "o", "markersize": 5, "capsize": 3, "color": COLOURS[e.point.method]}
-        axes.errorbar(e.mean, -i, xerr=e.error or 0, **style)
-        axes.text(e.mean, 0.18 - i, f"{e.mean:.3f}", ha="center", fontsize=7)
-    axes.set_yticks([-i for i in range(len(chosen))], [short_name(e) for e in chosen])
-    axes.set_ylim(0.6 - len(chosen), 0.6)
-    axes.margins(x=0.15)
-    axes.set_xlabel("test accuracy", fontsize=8)
-
-
-def short_name(e: Entry) -> str:
-    """What sets an entry apart within its panel."""
-    p = e.point
-    words = [NAMES.get(p.method, p.method)]
-    words += ["others' rationales"] * p.shuffled
-    words += [source(p)] * (p.rationales not in ("", "own") and not p.shuffled)
-    words += [f"{100 * p.fraction:g} % of the data"] * (p.fraction < 1)
-    words += ["teacher's labels, pool"] * bool(p.pool)
-    return "\n".join([words[0], ", ".join(words[1:])]).strip()
-
-
 def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
-    """Draws the panels (column of the horizontal axis or "", entries, title), at most three in a
-    row; False where matplotlib, which the project does not require, is not installed. The file has
-    no date or version in it, so that equal results give equal bytes."""
+    """Draws the panels (column of the horizontal axis, entries, title), at most three in a row;
+    False where there are none, or matplotlib, which the project does not require, is not installed.
+    The file has no date or version in it, so that equal results give equal bytes."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    if not panels:
+        return False
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    size = (4.2 * columns, 3 * lines)
-    drawing, axes = pyplot.subplots(
-        lines, columns, figsize=size, squeeze=False, layout="constrained"
-    )
+    drawing = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
+    axes = drawing.subplots(lines, columns, squeeze=False)
     for place, (column, chosen, title) in zip(axes.flat, panels):
         place.set_title(title, fontsize=9)
         place.tick_params(labelsize=7)
         place.spines[["top", "right"]].set_visible(False)
-        if column:
-            draw_lines(place, column, chosen)
-        else:
-            draw_entries(place, chosen)
+        place.set_xlabel(column, fontsize=8)
+        place.set_ylabel("test accuracy", fontsize=8)
+        draw(place, column, chosen)
     for place in axes.flat[len(panels) :]:
         place.set_visible(False)
     drawing.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(drawing)
     return True
 
 
@@ -359,7 +328,7 @@ def write_results(
         if any(e.trained for e in chosen):
             texts.append(f"## {title}\n\n{table(part, chosen)}\n")
             if informative(part, chosen):
-                panels.append((AXES.get(part, ""), chosen, title))
+                panels.append((AXES[part], chosen, title))
     write_text(folder / "table.md", "\n".join(texts))
     drawn = figure(folder / "figure.png", panels)
     if name == "demo":

@@ -128,6 +128,23 @@ def test_the_difference_is_paired_by_seed_and_of_the_same_fraction():
     assert [tables.gain(e, found) for e in found] == ["", "", "+0.150 (0.050)"]
 
 
+def test_a_figure_is_drawn_with_what_is_there(tmp_path, monkeypatch):
+    """Two of three points are finished; the page shows the picture and lists what is not run."""
+    pytest.importorskip("matplotlib", reason="not installed: no figure.png")
+    monkeypatch.chdir(tmp_path)
+    points = [tables.Point("d", "tiny", "standard", fraction=f) for f in (0.5, 0.75, 1.0)]
+    about = {"scored_on": "test", "parameters": 9, "tokens": 9, "weights": "random", "steps": 9}
+    rows = []
+    for point in points[1:]:
+        row = {**dataclasses.asdict(point), "seed": 0, "accuracy": 0.5, "run": "r", **about}
+        rows.append({**row, "examples": round(100 * point.fraction), "torch": "2", "git_sha": None})
+    folder = tables.write_results("figure4", {("figure4", "d"): points}, rows, ["runs/x: killed"])
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    report = (folder / "report.md").read_text()
+    assert "](figure.png)" in report and "runs/x: killed" in report
+    assert "75 % (75)" in report and "100 % (100)" in report and "50 %" not in report
+
+
 @pytest.fixture(scope="module")
 def table2(small_task, tmp_path_factory):
     """A grid of six runs: stopped by Ctrl-C, then the grid alone killed, then let go on."""
@@ -188,9 +205,6 @@ def test_results_are_the_runs(table2):
     assert f"| {gain.mean():+.3f} ({np.std(gain, ddof=1) / 2**0.5:.3f}) |" in line
     assert "0.8838" not in report  # the paper's numbers are of its data sets
     assert (folder / "table.md").read_text().count("| step-by-step") == 1
-    pytest.importorskip("matplotlib", reason="not installed: no figure.png")
-    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert "](figure.png)" in report
 
 
 @pytest.mark.slow
