@@ -38,11 +38,12 @@ TITLES = {
 }
 
 # What the paper prints: Tables 1 and 2, T5 of 220M, human labels.
+SETTINGS = ("standard", "single-task palm", "step-by-step palm", "step-by-step neox")
 PRINTED = {
-    "esnli": {"standard": 88.38, "single-task": 88.88, "palm": 89.51, "neox": 89.12},
-    "anli1": {"standard": 43.58, "single-task": 43.50, "palm": 49.58, "neox": 48.15},
-    "cqa": {"standard": 62.19, "single-task": 61.37, "palm": 63.29, "neox": 63.25},
-    "svamp": {"standard": 62.63, "single-task": 63.00, "palm": 65.50, "neox": 63.00},
+    "esnli": (88.38, 88.88, 89.51, 89.12),
+    "anli1": (43.58, 43.50, 49.58, 48.15),
+    "cqa": (62.19, 61.37, 63.29, 63.25),
+    "svamp": (62.63, 63.00, 65.50, 63.00),
 }
 
 
@@ -123,15 +124,11 @@ def gain(e: Entry, all_of: list[Entry]) -> str:
 
 
 def printed(name: str, p: Point) -> str:
-    """The paper's number for a point of Tables 1 and 2, which are of T5 base (220M); Table 2 uses
-    PaLM's rationales. Empty where the paper prints none."""
-    if name not in ("table1", "table2") or p.dataset not in PRINTED:
+    """The paper's number for a point of Tables 1 and 2; empty where it prints none."""
+    setting = f"{p.method} {p.rationales}".strip()
+    if name not in ("table1", "table2") or p.dataset not in PRINTED or setting not in SETTINGS:
         return ""
-    if name == "table2" and p.rationales not in ("", "palm"):
-        return ""
-    key = p.rationales if p.method == "step-by-step" else p.method
-    number = PRINTED[p.dataset].get(key)
-    return f"{number / 100:.4f}" if number else ""
+    return f"{PRINTED[p.dataset][SETTINGS.index(setting)] / 100:.4f}"
 
 
 def source(p: Point) -> str:
@@ -341,10 +338,6 @@ def report(name: str, tables: list[str], rows: list[dict], not_run: list[str], d
     """The page of a figure or table: what was run, the numbers, what was not run."""
     trained = [row for row in rows if "run" in row]
     weights = {re.sub(r"-seed-\d+$", "", row["weights"]) for row in trained}
-    seeds, torch, commits = (
-        ", ".join(sorted({str(row[key]) for row in trained}))
-        for key in ("seed", "torch", "git_sha")
-    )
     picture = "![accuracies](figure.png)\n\n" if drawn else ""
     contents = "\n".join(tables)
     notes = "\n".join(f"- {line}" for line in not_run or ["nothing that this command asks for"])
@@ -360,7 +353,7 @@ standard: the mean over equal seeds of the accuracy minus that of standard fine-
 examples at the same size. Numbers called the paper's are copied from it (pretrained T5; PaLM 540B,
 or GPT-NeoX 20B) and were not measured here.
 
-- {len(trained)} runs, seeds {seeds}; torch {torch}; commit {commits}
+- {len(trained)} runs; seeds, torch's versions and commits: `results.csv`
 - started from: {", ".join(sorted(weights))} (random and `results/inputs/*` are untrained)
 - the data's sha256: in each run's run.json
 
