@@ -40,19 +40,10 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
+import data  # noqa: E402
 import t5  # noqa: E402
 import train  # noqa: E402
-from data import (  # noqa: E402
-    Tokenizer,
-    UserError,
-    get_task,
-    has_split,
-    is_correct,
-    load_dataset,
-    sha256,
-    write_jsonl,
-    write_text,
-)
+from data import UserError  # noqa: E402
 from eval import rationale_source  # noqa: E402
 from scripts import tables  # noqa: E402
 from scripts.tables import BOTH, INPUTS, TITLES, WITH_TEACHER, Point  # noqa: E402
@@ -127,10 +118,6 @@ def grid(name: str, s: Scale, score: Callable[[Point], float | None]) -> list[Po
     standard, ours, single = (s.point(m) for m in (*BOTH, "single-task"))
     shuffled = s.point("step-by-step", shuffled=True)
     labels = "human" if name in ("figure4", "figure6", "figure8") else "teacher"
-    if name == "headline":  # the claims of README's first screen
-        less = [replace(ours, fraction=f) for f in s.fractions if 0.5 <= f < 1]
-        pool = [s.point(m, "teacher", pool=1.0) for m in BOTH if s.pools]
-        return [standard, ours, single, shuffled, *less, *pool]
     if name in ("figure4", "figure5"):  # Section 4.1
         return [s.point(m, labels, fraction=f) for f in s.fractions for m in BOTH]
     if name in WITH_TEACHER:  # Sections 4.2 and 4.3
@@ -142,23 +129,26 @@ def grid(name: str, s: Scale, score: Callable[[Point], float | None]) -> list[Po
         if name in ("figure8", "figure9") and not pools:
             points += less_data(s, labels, score)
         return points
-    if name == "table1":
-        return [standard, *(replace(ours, rationales=teacher) for teacher in s.teachers)]
-    if name == "table2":  # Section 4.4
-        return [standard, single, ours]
-    assert name == "noise", name
-    return [standard, shuffled, ours]
+    less = [replace(ours, fraction=f) for f in s.fractions if 0.5 <= f < 1]
+    pool = [s.point(m, "teacher", pool=1.0) for m in BOTH if s.pools]
+    return {
+        "headline": [standard, ours, single, shuffled, *less, *pool],  # README's first screen
+        "table1": [standard, *(replace(ours, rationales=teacher) for teacher in s.teachers)],
+        "table2": [standard, single, ours],  # Section 4.4
+        "noise": [standard, shuffled, ours],
+    }[name]
 
 
 def less_data(s: Scale, labels: str, score: Callable[[Point], float | None]) -> list[Point]:
     """The search of Section 4.3: for each method the smaller fractions, at the smallest size that
     passes the teacher. Nothing is added before the accuracies of all sizes are known."""
-    points, teacher = [], score(s.teacher)
+    points = []
     for method in BOTH:
         full = [s.point(method, labels, size) for size in s.sizes]
         scores = [score(point) for point in full]
-        if teacher is not None and None not in scores:
-            passing = [point for point, got in zip(full, scores) if got > teacher]
+        if None not in scores:
+            teacher = score(s.teacher)
+            passing = [p for p, got in zip(full, scores) if teacher is not None and got > teacher]
             points += [replace(p, fraction=f) for p in passing[:1] for f in s.fractions[:-1]]
     return points
 
@@ -172,7 +162,7 @@ def untrained(size: str, seed: int) -> Path:
     folder = INPUTS / f"{size}-seed-{seed}"
     if not (folder / "spiece.model").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        tiny = t5.T5.untrained_config("tiny", Tokenizer(train.DEMO_VOCABULARY).vocab_size)
+        tiny = t5.T5.untrained_config("tiny", data.Tokenizer(train.DEMO_VOCABULARY).vocab_size)
         torch.manual_seed(seed)
         t5.T5(replace(tiny, **SHAPES[size])).save_pretrained(folder)
         shutil.copyfile(train.DEMO_VOCABULARY, folder / "spiece.model")  # last: all is there
@@ -186,9 +176,10 @@ def with_pool(share: float) -> Path:
     folder = INPUTS / f"demo-pool-{share:g}"
     own, more = ((DEMO / name).read_text().splitlines() for name in ("train.jsonl", "pool.jsonl"))
     order = np.random.default_rng(0).permutation(len(more))[: round(share * len(more))]
-    write_text(folder / "train.jsonl", "\n".join(own + [more[i] for i in np.sort(order)]) + "\n")
+    lines = own + [more[i] for i in np.sort(order)]
+    data.write_text(folder / "train.jsonl", "\n".join(lines) + "\n")
     for other in ("valid.jsonl", "test.jsonl", "task.json"):
-        write_text(folder / other, (DEMO / other).read_text())
+        data.write_text(folder / other, (DEMO / other).read_text())
     return folder
 
 
@@ -196,14 +187,14 @@ def with_pool(share: float) -> Path:
 def write_shuffled(path: Path, dataset: str, rationales: str, root: str) -> None:
     """Writes a teacher's file in which each training example has another one's rationale, and its
     own label. No example keeps its rationale: the random order is one cycle."""
-    examples = load_dataset(dataset, "train", root, joined(rationales, dataset))
+    examples = data.load_dataset(dataset, "train", root, joined(rationales, dataset))
     examples = [e for e in examples if e.rationale]
     order = np.random.default_rng(0).permutation(len(examples))
     other = {order[i]: examples[order[i - 1]].rationale for i in range(len(order))}
     rows = []
     for i, e in enumerate(examples):
         rows.append({"id": e.id, "rationale": other[i], "teacher_label": e.teacher_label})
-    write_jsonl(path, rows)
+    data.write_jsonl(path, rows)
 
 
 def joined(rationales: str, dataset: str) -> str | list[str] | None:
@@ -224,10 +215,10 @@ def flags_of(p: Point, seed: int, given: dict) -> dict:
         flags["weights"] = str(untrained(p.size, seed))
     if p.shuffled:
         # The name has a hash of what is read, so that another teacher's file is another file.
-        root = given.get("data_root", train.Config.data_root)
-        read = sha256(f"{p.dataset} {p.rationales} {root}".encode())[:8]
+        read = data.sha256(f"{p.dataset} {p.rationales} {given['data_root']}".encode())[:8]
         flags["rationales"] = [str(INPUTS / f"{Path(p.dataset).name}-shuffled-{read}.jsonl")]
-    elif p.rationales not in ("", "own"):
+    elif p.rationales and (p.rationales != "own" or data.get_task(p.dataset).palm):
+        # A benchmark has none of its own: train.py will say that there is no such file.
         flags["rationales"] = p.rationales.split()
     if p.pool and p.dataset == "demo":
         flags["dataset"] = str(with_pool(p.pool))
@@ -276,10 +267,10 @@ class Runs:
     def __init__(self, args: argparse.Namespace):
         self.scales = scales(args)
         self.parts = [*TITLES] if args.name == "demo" else [args.name]
-        self.given = (QUICK if args.quick else {}) | train.config_flags(args)
+        default = {"data_root": train.Config.data_root, **(QUICK if args.quick else {})}
+        self.given = default | train.config_flags(args)
         self.seeds = args.seeds or (1 if args.quick else SEEDS)
         self.headline_seeds = args.seeds or (1 if args.quick else HEADLINE_SEEDS)
-        self.teachers: dict[Point, dict] = {}  # rows of results.csv
         self.found: dict[Point, list[Run]] = {}
         points = [grid("headline", s, self.score) for s in self.scales if "headline" in self.parts]
         self.headline = {*chain.from_iterable(points)}
@@ -300,17 +291,11 @@ class Runs:
         points = dict.fromkeys(chain.from_iterable(self.grids().values()))
         return [run for point in points for run in self.of(point)]
 
-    def find_teachers(self) -> None:
-        """Scores the teachers' own answers, where a figure shows them."""
-        for s in self.scales if not {*WITH_TEACHER}.isdisjoint(self.parts) else ():
-            row = teacher_row(s.teacher, self.given.get("data_root", train.Config.data_root))
-            if row:
-                self.teachers[s.teacher] = row
-
     def score(self, point: Point) -> float | None:
         """The point's mean accuracy; None as long as it is not known."""
         if point.method == "few-shot-cot":
-            return self.teachers.get(point, {}).get("accuracy")
+            row = teacher_row(point, self.given["data_root"])
+            return row["accuracy"] if row else None
         runs = self.of(point)
         return mean(r.accuracy() for r in runs) if all(r.finished for r in runs) else None
 
@@ -428,7 +413,7 @@ def side_by_side(runs: list[Run], places: list[list[str]], logs: Path) -> dict[P
 @functools.cache
 def n_examples(dataset: str, root: str) -> int:
     """Of the whole training split."""
-    return len(load_dataset(dataset, "train", root))
+    return len(data.load_dataset(dataset, "train", root))
 
 
 def row_of(run: Run) -> dict:
@@ -462,18 +447,19 @@ def row_of(run: Run) -> dict:
     }
 
 
+@functools.cache
 def teacher_row(p: Point, root: str) -> dict | None:
     """The line of few-shot CoT in results.csv: the teacher's own accuracy on test, where an answer
     that cannot be parsed counts as wrong; None where there are no answers."""
-    if not has_split(p.dataset, "test", root):
+    if not data.has_split(p.dataset, "test", root):
         return None
-    test = load_dataset(p.dataset, "test", root, joined(p.rationales, p.dataset))
+    test = data.load_dataset(p.dataset, "test", root, joined(p.rationales, p.dataset))
     test = [e for e in test if e.label is not None]
     answered = [e for e in test if e.teacher_label]
     if not answered:
         return None
-    task = get_task(p.dataset)
-    right = sum(is_correct(task, e.teacher_label, e.label) for e in answered)
+    task = data.get_task(p.dataset)
+    right = sum(data.is_correct(task, e.teacher_label, e.label) for e in answered)
     return {
         **asdict(p),
         "accuracy": right / len(test),
@@ -540,17 +526,13 @@ def scales(args: argparse.Namespace) -> list[Scale]:
         asked["fractions"] = (0.5, 1.0)
     names = args.datasets or [s.dataset for s in default]
     found = [known.get(name, Scale(name, teachers=("own",))) for name in names]
-    for s in found:
-        if s in BENCHMARKS and "own" in asked.get("teachers", ()):
-            words = f"--rationales own: {s.dataset} has none of its own"
-            raise UserError(f"{words}; allowed: palm, neox or files")
     return [replace(s, **asked) for s in found]
 
 
 def describe(runs: Runs) -> None:
     """Prints what will be run and what is there."""
-    for (part, data), points in runs.grids().items():
-        print(f"{part}, {data}: {TITLES[part]}")
+    for (part, dataset), points in runs.grids().items():
+        print(f"{part}, {dataset}: {TITLES[part]}")
         for point in points:
             folder = str(runs.of(point)[0].out).removesuffix("0")
             print(f"  {folder}*: {count(runs.of(point))}")
@@ -571,8 +553,6 @@ def reproduce(args: argparse.Namespace) -> int:
     failures too, with a list of what is not there."""
     runs = Runs(args)
     problems = runs.problems()
-    if not problems:
-        runs.find_teachers()
     describe(runs)
     if problems:
         print("missing:", *problems, sep="\n  ", file=sys.stderr)
@@ -588,8 +568,12 @@ def reproduce(args: argparse.Namespace) -> int:
     every = runs.all()
     rows = [row_of(run) for run in every if run.finished]
     left = [f"{r.out}: {failed.get(r.out, 'not finished')}" for r in every if not r.finished]
-    folder = tables.write_results(name, runs.grids(), rows + [*runs.teachers.values()], left)
-    print(f"{len(rows)} of {len(every)} runs are finished" + f"; see {folder}/" * bool(rows))
+    if rows and args.name in BY_SIZE:
+        teachers = [teacher_row(s.teacher, runs.given["data_root"]) for s in runs.scales]
+        rows += [row for row in teachers if row]
+    folder = tables.write_results(name, runs.grids(), rows, left)
+    finished = len(every) - len(left)
+    print(f"{finished} of {len(every)} runs are finished" + f"; see {folder}/" * bool(rows))
     if stopped:
         print("stopped; the same command goes on")
         return 130
