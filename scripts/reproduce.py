@@ -473,7 +473,8 @@ def teacher_row(p: Point, root: str) -> dict | None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """This script's flags, and those of train.py that hold for all runs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # Without abbreviations: --seed, which a grid chooses, would be taken for --seeds.
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     names = [s.dataset for s in BENCHMARKS]
     add("name", choices=[*TITLES, "demo"])

@@ -115,6 +115,13 @@ def test_mistakes_are_one_line(words, said, here):
     assert status == 2 and said in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", ["--seed 1", "--method standard", "--out there"])
+def test_what_a_grid_chooses_is_no_flag(words, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["table2", *words.split()])
+    assert f"unrecognized arguments: {words}" in capsys.readouterr().err
+
+
 def test_the_difference_is_paired_by_seed_and_of_the_same_fraction():
     """Standard at 12.5 % is missing, as after a failed run: no other entry takes its place."""
 
