@@ -25,16 +25,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import data
 import train
-from data import (
-    MAX_SOURCE,
-    MAX_TARGET,
-    Tokenizer,
-    TokenRows,
-    UserError,
-    round_up,
-    step_examples,
-)
+from data import MAX_SOURCE, MAX_TARGET, TokenRows, UserError
 from eval import LABEL_TOKENS, MAX_TOKENS, MULTIPLE, autocast, ready, shown_to_user
 from t5 import T5, T5Config
 
@@ -185,13 +178,13 @@ def work_of(c: train.Config, config: T5Config, gpus: int, rows: TokenRows) -> di
     without padding, FLOPs, and micro-batches of a GPU."""
     sums, steps = Counter(), min(c.steps, 20)
     for step in range(steps):
-        row_ids = rows.rows_of(step_examples(rows.n_examples, c.batch_size, c.seed, step))
+        row_ids = rows.rows_of(data.step_examples(rows.n_examples, c.batch_size, c.seed, step))
         ranks = train.divide(c, rows, row_ids, "cuda", gpus)
         sums["micro_batches_per_step"] += len(ranks[0])
         sums["real_tokens_per_step"] += sum(int(x.sum()) for x in rows.lengths(row_ids))
         for part in chain.from_iterable(ranks):
             longest = [
-                round_up(int(x.max(initial=0)), MULTIPLE["cuda"]) for x in rows.lengths(part)
+                data.round_up(int(x.max(initial=0)), MULTIPLE["cuda"]) for x in rows.lengths(part)
             ]
             sums["padded_tokens_per_step"] += len(part) * sum(longest)
             sums["flops_per_step"] += flops(config, len(part), *longest, c.recompute)
@@ -218,7 +211,7 @@ def shape_of(c: train.Config, assumed: list[str]) -> T5Config:
     """The student's shape: that of its weights where they are here, else that of its size, which
     is added to what is assumed."""
     if c.weights == "random":
-        return T5.untrained_config(c.size, Tokenizer(train.DEMO_VOCABULARY).vocab_size)
+        return T5.untrained_config(c.size, data.Tokenizer(train.DEMO_VOCABULARY).vocab_size)
     if Path(c.weights, "config.json").is_file():
         with shown_to_user():
             return T5.read_config(c.weights)

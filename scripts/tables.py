@@ -13,10 +13,11 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
+
+import numpy as np
 
 from data import write_json, write_text
 
@@ -37,11 +38,12 @@ TITLES = {
 }
 
 # What the paper prints: Tables 1 and 2, T5 of 220M, human labels.
+SETTINGS = ("standard", "single-task palm", "step-by-step palm", "step-by-step neox")
 PRINTED = {
-    "esnli": {"standard": 88.38, "single-task": 88.88, "palm": 89.51, "neox": 89.12},
-    "anli1": {"standard": 43.58, "single-task": 43.50, "palm": 49.58, "neox": 48.15},
-    "cqa": {"standard": 62.19, "single-task": 61.37, "palm": 63.29, "neox": 63.25},
-    "svamp": {"standard": 62.63, "single-task": 63.00, "palm": 65.50, "neox": 63.00},
+    "esnli": (88.38, 88.88, 89.51, 89.12),
+    "anli1": (43.58, 43.50, 49.58, 48.15),
+    "cqa": (62.19, 61.37, 63.29, 63.25),
+    "svamp": (62.63, 63.00, 65.50, 63.00),
 }
 
 
@@ -59,27 +61,22 @@ class Point:
     fraction: float = 1.0
     pool: float = 0.0  # the share of the unlabelled examples that is added
 
-    def __str__(self) -> str:
-        words = [self.dataset, self.size, self.method, f"{self.labels} labels"]
-        if self.rationales:
-            words.append(f"{'shuffled ' * self.shuffled}rationales {self.rationales}")
-        words.append(f"{100 * self.fraction:g} %")
-        if self.pool:
-            words.append(f"pool {100 * self.pool:g} %")
-        return ", ".join(words)
-
 
 # ---- Tables --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Entry:
-    """A point with the accuracies of its seeds, and their rows of results.csv. Few-shot CoT, which
-    is not trained, has one row and no seed."""
+    """A point with its seeds' rows of results.csv. Few-shot CoT, which is not trained, has one row
+    and no seed."""
 
     point: Point
-    scores: dict[str, float]  # by seed
     rows: list[dict]
+
+    @property
+    def scores(self) -> dict[int | None, float]:
+        """Accuracies by seed."""
+        return {row.get("seed"): row["accuracy"] for row in self.rows}
 
     @property
     def mean(self) -> float:
@@ -93,7 +90,7 @@ class Entry:
     @property
     def trained(self) -> bool:
         """A student is trained; few-shot CoT is not."""
-        return bool(self.rows[0].get("run"))
+        return "run" in self.rows[0]
 
 
 def standard_error(values: list[float]) -> float | None:
@@ -102,47 +99,36 @@ def standard_error(values: list[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def entries(rows: Iterable[dict]) -> list[Entry]:
-    """Groups rows by point, in the rows' order. Values may be strings, as csv gives them, or not
-    yet written."""
-    kinds = {f: type(v) for f, v in asdict(Point("", "", "")).items()}
-    read = {str: str, bool: lambda v: str(v) == "True", float: float}
-    points = defaultdict(list)
+def entries(rows: list[dict]) -> list[Entry]:
+    """Groups rows by point, in the rows' order."""
+    found = defaultdict(list)
     for row in rows:
-        points[Point(**{f: read[kind](row[f]) for f, kind in kinds.items()})].append(row)
-    return [
-        Entry(p, {r.get("seed", ""): float(r["accuracy"]) for r in found}, found)
-        for p, found in points.items()
-    ]
+        found[Point(**{f.name: row[f.name] for f in fields(Point)})].append(row)
+    return [Entry(point, rows) for point, rows in found.items()]
 
 
 def gain(e: Entry, all_of: list[Entry]) -> str:
     """The accuracy minus that of standard fine-tuning with the same data and size: the mean
     of the differences over the seeds that both have, and its standard error; empty where there is
     nothing to compare with. Runs of equal seeds have the same examples in the same order."""
-    same = ("dataset", "size", "labels", "fraction", "pool")
-    for other in all_of:
-        if e.point.method == "standard" or other.point.method != "standard":
-            continue
-        if any(getattr(e.point, name) != getattr(other.point, name) for name in same):
-            continue
-        pairs = [score - other.scores[s] for s, score in e.scores.items() if s in other.scores]
-        if pairs:
-            error = standard_error(pairs)
-            return f"{mean(pairs):+.3f}" + ("" if error is None else f" ({error:.3f})")
-    return ""
+    same = replace(e.point, method="standard", rationales="", shuffled=False)
+    others = [other for other in all_of if replace(other.point, rationales="") == same]
+    if e.point.method == "standard" or not others:
+        return ""
+    theirs = others[0].scores
+    pairs = [score - theirs[seed] for seed, score in e.scores.items() if seed in theirs]
+    if not pairs:
+        return ""
+    error = standard_error(pairs)
+    return f"{mean(pairs):+.3f}" + ("" if error is None else f" ({error:.3f})")
 
 
 def printed(name: str, p: Point) -> str:
-    """The paper's number for a point of Tables 1 and 2, which are of T5 base (220M); Table 2 uses
-    PaLM's rationales. Empty where the paper prints none."""
-    if name not in ("table1", "table2") or p.dataset not in PRINTED:
+    """The paper's number for a point of Tables 1 and 2; empty where it prints none."""
+    setting = f"{p.method} {p.rationales}".strip()
+    if name not in ("table1", "table2") or p.dataset not in PRINTED or setting not in SETTINGS:
         return ""
-    if name == "table2" and p.rationales not in ("", "palm"):
-        return ""
-    key = p.rationales if p.method == "step-by-step" else p.method
-    number = PRINTED[p.dataset].get(key)
-    return f"{number / 100:.4f}" if number else ""
+    return f"{PRINTED[p.dataset][SETTINGS.index(setting)] / 100:.4f}"
 
 
 def source(p: Point) -> str:
@@ -167,7 +153,7 @@ def cells(name: str, e: Entry, all_of: list[Entry]) -> dict[str, str]:
         "labels": p.labels,
         "rationales": source(p),
         "examples": "none",
-        "steps": first.get("steps", ""),
+        "steps": str(first.get("steps", "")),
         "seeds": str(len(e.rows)) if e.trained else "",
         "accuracy": f"{e.mean:.3f}",
         "standard error": "" if e.error is None else f"{e.error:.3f}",
@@ -178,9 +164,9 @@ def cells(name: str, e: Entry, all_of: list[Entry]) -> dict[str, str]:
     }
     if e.trained:
         too = " and the teacher" * (p.method == "rationale-input")
-        line["parameters"] = f"{int(first['parameters']):,}{too}"
-        line["examples"] = f"{100 * p.fraction:g} % ({int(first['examples']):,}){pool}"
-        line["training tokens"] = f"{mean(float(row['tokens']) for row in e.rows):,.0f}"
+        line["parameters"] = f"{first['parameters']:,}{too}"
+        line["examples"] = f"{100 * p.fraction:g} % ({first['examples']:,}){pool}"
+        line["training tokens"] = f"{mean(row['tokens'] for row in e.rows):,.0f}"
     return line
 
 
@@ -198,19 +184,17 @@ def table(name: str, all_of: list[Entry]) -> str:
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-# The column of results.csv on the horizontal axis; other panels have a line for each entry.
+# The column of results.csv on the horizontal axis. Tables have no picture.
 AXES = {
     **dict.fromkeys(["figure4", "figure5", "figure8", "figure9"], "examples"),
     **dict.fromkeys(["figure6", "figure7"], "parameters"),
 }
-AXIS_TITLES = {"examples": "training examples", "parameters": "student's parameters"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {
     "standard": "#0072B2",
     "step-by-step": "#D55E00",
     "few-shot-cot": "#444444",
     "rationale-input": "#CC79A7",
-    "single-task": "#009E73",
 }
 NAMES = {"standard": "labels alone", "few-shot-cot": "the teacher", "rationale-input": "PINTO"}
 
@@ -219,10 +203,10 @@ def informative(name: str, chosen: list[Entry]) -> bool:
     """Figures 8 and 9 say more than 6 and 7 only where a size passed the teacher, so that less data
     was tried."""
     less = [e for e in chosen if e.point.fraction < 1 or 0 < e.point.pool < 1]
-    return name not in ("figure8", "figure9") or bool(less)
+    return name in AXES and (name not in ("figure8", "figure9") or bool(less))
 
 
-def draw_lines(axes, column: str, chosen: list[Entry]) -> None:
+def draw(axes, column: str, chosen: list[Entry]) -> None:
     """Draws a line for each method, with a band of one standard error, and few-shot CoT across.
     Names stand beside the lines' ends. Where examples are the axis, each size has its own line, and
     a size of a single amount has none; else runs with unlabelled examples are points of their own.
@@ -243,17 +227,14 @@ def draw_lines(axes, column: str, chosen: list[Entry]) -> None:
         elif column == "examples" and len(found) == 1:
             continue
         else:
-            found.sort(key=lambda e: float(e.rows[0][column]))
-            x, y = [float(e.rows[0][column]) for e in found], [e.mean for e in found]
-            errors = [e.error or 0 for e in found]
+            found.sort(key=lambda e: e.rows[0][column])
+            x = [e.rows[0][column] for e in found]
+            y, errors = np.array([(e.mean, e.error or 0) for e in found]).T
             axes.errorbar(x, y, errors, fmt="o-", markersize=4, capsize=2, color=colour)
-            low, high = zip(*((m - error, m + error) for m, error in zip(y, errors)))
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, y - errors, y + errors, color=colour, alpha=0.15, linewidth=0)
         ends.append((found[-1].mean, label, colour))
     if column == "parameters":
         axes.set_xscale("log")
-    axes.set_xlabel(AXIS_TITLES[column], fontsize=8)
-    axes.set_ylabel("test accuracy", fontsize=8)
     below = -1.0
     for y, label, colour in sorted(ends):  # each name above the one below it
         y = max(y, below + 0.06 * (axes.get_ylim()[1] - axes.get_ylim()[0]))
@@ -262,68 +243,39 @@ def draw_lines(axes, column: str, chosen: list[Entry]) -> None:
         below = y
 
 
-def draw_entries(axes, chosen: list[Entry]) -> None:
-    """Draws a mark with its standard error for each entry, under its name, the first at the top."""
-    for i, e in enumerate(chosen):
-        style = {"fmt": "o", "markersize": 5, "capsize": 3, "color": COLOURS[e.point.method]}
-        axes.errorbar(e.mean, -i, xerr=e.error or 0, **style)
-        axes.text(e.mean, 0.18 - i, f"{e.mean:.3f}", ha="center", fontsize=7)
-    axes.set_yticks([-i for i in range(len(chosen))], [short_name(e) for e in chosen])
-    axes.set_ylim(0.6 - len(chosen), 0.6)
-    axes.margins(x=0.15)
-    axes.set_xlabel("test accuracy", fontsize=8)
-
-
-def short_name(e: Entry) -> str:
-    """What sets an entry apart within its panel."""
-    p = e.point
-    words = [NAMES.get(p.method, p.method)]
-    words += ["others' rationales"] * p.shuffled
-    words += [source(p)] * (p.rationales not in ("", "own") and not p.shuffled)
-    words += [f"{100 * p.fraction:g} % of the data"] * (p.fraction < 1)
-    words += ["teacher's labels, pool"] * bool(p.pool)
-    return "\n".join([words[0], ", ".join(words[1:])]).strip()
-
-
 def figure(path: Path, panels: list[tuple[str, list[Entry], str]]) -> bool:
-    """Draws the panels (column of the horizontal axis or "", entries, title), at most three in a
-    row; False where matplotlib, which the project does not require, is not installed. The file has
-    no date or version in it, so that equal results give equal bytes."""
+    """Draws the panels (column of the horizontal axis, entries, title), at most three in a row;
+    False where there are none, or matplotlib, which the project does not require, is not installed.
+    The file has no date or version in it, so that equal results give equal bytes."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    if not panels:
+        return False
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    size = (4.2 * columns, 3 * lines)
-    drawing, axes = pyplot.subplots(
-        lines, columns, figsize=size, squeeze=False, layout="constrained"
-    )
+    drawing = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
+    axes = drawing.subplots(lines, columns, squeeze=False)
     for place, (column, chosen, title) in zip(axes.flat, panels):
         place.set_title(title, fontsize=9)
         place.tick_params(labelsize=7)
         place.spines[["top", "right"]].set_visible(False)
-        if column:
-            draw_lines(place, column, chosen)
-        else:
-            draw_entries(place, chosen)
+        place.set_xlabel(column, fontsize=8)
+        place.set_ylabel("test accuracy", fontsize=8)
+        draw(place, column, chosen)
     for place in axes.flat[len(panels) :]:
         place.set_visible(False)
     drawing.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(drawing)
     return True
 
 
-def first_screen(folder: Path, found: dict[Point, Entry]) -> None:
+def first_screen(folder: Path, shown: dict[str, list[Entry]]) -> None:
     """Writes README's picture and results.json, the means that train.py shows beside a run's own
-    accuracy: the bundled task's, at its largest size and with its own rationales."""
-    ours = [e for p, e in found.items() if p.dataset == "demo" and p.rationales in ("", "own")]
-    ours = [e for e in ours if e.point.size in ("tiny", "teacher") and not e.point.shuffled]
-    human = [e for e in ours if e.point.labels == "human" and e.point.method in BOTH]
-    teacher = [e for e in ours if e.point.labels == "teacher" or not e.trained]
+    accuracy: the bundled task's, from the entries of its figures."""
+    human = shown["figure4"]
+    more = [e for e in shown["figure7"] if e.point.pool or not e.trained]
+    teacher = shown["figure5"] + more
     panels = [
         ("examples", human, "People's labels, fewer examples"),
         ("examples", teacher, "The teacher's labels; the last point adds unlabelled inputs"),
@@ -340,19 +292,10 @@ def first_screen(folder: Path, found: dict[Point, Entry]) -> None:
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path) -> list[dict]:
-    """The file's rows, with all values as strings; no rows where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Writes a line for each row, with a column for each key that any row has."""
+    """Writes a line for each row; the first has all columns."""
     text = io.StringIO()
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, heads, lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
@@ -363,51 +306,38 @@ def write_results(
 ) -> Path:
     """Writes results.csv, table.md, figure.png and report.md; returns their folder.
 
-    `grids` has the points by name and data set, `rows` what is finished, `not_run` a line for each
-    run that is not. Rows that an earlier command left for other data sets stay, and are shown with
-    these: `table2 --dataset svamp` and then `--dataset cqa` fill one table. Nothing is written
-    where nothing finished."""
+    `grids` has the points by name and data set, `rows` what is finished, runs first, `not_run` a
+    line for each run that is not. Nothing is written where no run is finished."""
     folder = RESULTS / name
-    if not any(row.get("run") for row in rows):
+    if not any("run" in row for row in rows):
         return folder
-    now = {data for _, data in grids}
-    earlier = [row for row in read_csv(folder / "results.csv") if row["dataset"] not in now]
-    write_csv(folder / "results.csv", earlier + rows)
-    rows = read_csv(folder / "results.csv")
-    part = next(iter(grids))[0]
-    for e in entries(earlier):
-        grids.setdefault((part, e.point.dataset), []).append(e.point)
-
-    shown, found = [], {e.point: e for e in entries(rows)}
-    for part, data in sorted(grids, key=lambda key: [*TITLES].index(key[0])):
-        points = dict.fromkeys(grids[part, data])
+    write_csv(folder / "results.csv", rows)
+    shown, found = {}, {e.point: e for e in entries(rows)}
+    for (part, data), points in grids.items():
+        shown[part, data] = [found[p] for p in points if p in found]
         if part in WITH_TEACHER:
-            points |= dict.fromkeys(
-                p for p in found if (p.method, p.dataset) == ("few-shot-cot", data)
-            )
-        chosen = [found[p] for p in points if p in found]
+            shown[part, data] += [
+                e for e in found.values() if e.point.dataset == data and not e.trained
+            ]
+    texts, panels = [], []
+    for (part, data), chosen in shown.items():
+        title = f"{part}, {data}: {TITLES[part]}"
         if any(e.trained for e in chosen):
-            shown.append((part, chosen, f"{part}, {data}: {TITLES[part]}"))
-    tables = [f"## {title}\n\n{table(part, chosen)}\n" for part, chosen, title in shown]
-    write_text(folder / "table.md", "\n".join(tables))
-    panels = [
-        (AXES.get(part, ""), chosen, title)
-        for part, chosen, title in shown
-        if informative(part, chosen)
-    ]
+            texts.append(f"## {title}\n\n{table(part, chosen)}\n")
+            if informative(part, chosen):
+                panels.append((AXES[part], chosen, title))
+    write_text(folder / "table.md", "\n".join(texts))
     drawn = figure(folder / "figure.png", panels)
     if name == "demo":
-        first_screen(folder, found)
-    write_text(folder / "report.md", report(name, tables, rows, not_run, drawn))
+        first_screen(folder, {part: chosen for (part, _), chosen in shown.items()})
+    write_text(folder / "report.md", report(name, texts, rows, not_run, drawn))
     return folder
 
 
 def report(name: str, tables: list[str], rows: list[dict], not_run: list[str], drawn: bool) -> str:
     """The page of a figure or table: what was run, the numbers, what was not run."""
-    trained = [row for row in rows if row.get("run")]
+    trained = [row for row in rows if "run" in row]
     weights = {re.sub(r"-seed-\d+$", "", row["weights"]) for row in trained}
-    values = {key: {row[key] for row in trained} for key in ("seed", "torch", "git_sha")}
-    seeds, torch, commits = (", ".join(sorted(found)) for found in values.values())
     picture = "![accuracies](figure.png)\n\n" if drawn else ""
     contents = "\n".join(tables)
     notes = "\n".join(f"- {line}" for line in not_run or ["nothing that this command asks for"])
@@ -423,7 +353,7 @@ standard: the mean over equal seeds of the accuracy minus that of standard fine-
 examples at the same size. Numbers called the paper's are copied from it (pretrained T5; PaLM 540B,
 or GPT-NeoX 20B) and were not measured here.
 
-- {len(trained)} runs, seeds {seeds}; torch {torch}; commit {commits}
+- {len(trained)} runs; seeds, torch's versions and commits: `results.csv`
 - started from: {", ".join(sorted(weights))} (random and `results/inputs/*` are untrained)
 - the data's sha256: in each run's run.json
 

@@ -38,7 +38,7 @@ def test_commands_parse(command):
     elif words[script] == "teacher.py":
         teacher.check(teacher.parse_args(words[script + 1 :]))
     elif words[script] == "scripts/reproduce.py":
-        reproduce.scales(reproduce.parse_args(words[script + 1 :])[0])
+        reproduce.scales(reproduce.parse_args(words[script + 1 :]))
     else:
         evaluation.parse_args(words[script + 1 :])
 
