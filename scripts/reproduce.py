@@ -1,5 +1,6 @@
-"""The paper's figures and tables, one command each:
-`python scripts/reproduce.py table2 --dataset svamp --size base`.
+"""Make the paper's figures and tables, one command each.
+
+    python scripts/reproduce.py table2 --dataset svamp --size base
 
 This file owns the grids of Section 4 (which runs make a figure or a table) and starts the runs
 that are missing. Four words recur:
@@ -481,7 +482,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", nargs="+", dest="datasets", help=f"default {' '.join(names)}; demo, a folder")
     more = "default base; several for figures 6 to 9: base large xxl"
     add("--size", nargs="+", dest="sizes", choices=SIZES, metavar="SIZE", help=more)
-    add("--seeds", type=int, help="how many; default 4")
+    add("--seeds", type=int, help="how many; default 4; headline 8")
     more = "a teacher: palm, neox or files; once for each teacher of table1"
     add("--rationales", nargs="+", dest="teachers", action="append", help=more)
     add("--workers", type=int, help="runs side by side; default one a GPU, or one a CPU core")
