@@ -155,9 +155,3 @@ def test_a_driver_that_torch_cannot_use_is_warned_of(tmp_path, monkeypatch, caps
     for device, warned in (("cpu", 0), (None, 1), (None, 0)):
         assert evaluation.choose_device(device).type == "cpu"
         assert capsys.readouterr().err.count("warning: ") == warned
-
-
-def test_processes_that_would_train_a_model_each(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(train.UserError, match="would train 2 models"):
-        train.resolve(train.Config(parallel="none"))
