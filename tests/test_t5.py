@@ -518,11 +518,9 @@ def test_saving_shards_above_the_limit_and_leaves_nothing_stale(tmp_path, monkey
         if limit == total:
             assert names == {"model.safetensors"}
         else:
-            index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-            held = {name: load_file(tmp_path / name) for name in names if name[-4:] != "json"}
-            assert index["metadata"]["total_size"] == total and 1 < len(held) == len(names) - 1
-            assert index["weight_map"] == {k: name for name, part in held.items() for k in part}
-            sizes = [[t.nbytes for t in part.values()] for part in held.values()]
+            shards = [load_file(tmp_path / name) for name in names - {t5.INDEX}]
+            assert 1 < len(shards) == len(names) - 1
+            sizes = [[t.nbytes for t in shard.values()] for shard in shards]
             assert all(sum(size) <= limit or len(size) == 1 for size in sizes)
         again = T5.from_pretrained(tmp_path)
         assert again.config == model.config
