@@ -95,6 +95,14 @@ def read_steps(out: Path) -> list[dict]:
     return [row for row in read_jsonl(out / "metrics.jsonl") if "loss" in row]
 
 
+def a_batch(rows=3, source=13, target=7) -> dict[str, torch.Tensor]:
+    """Rows of both tasks, the first one padded; ids below 99."""
+    ids, labels = torch.randint(2, 99, (rows, source)), torch.randint(2, 99, (rows, target))
+    ids[0, 5:], labels[0, 3:] = 0, -100
+    return dict(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels,
+                tasks=torch.arange(rows) % 2)  # fmt: skip
+
+
 @pytest.fixture
 def call(capsys):
     """A program's `main` in this process: what it printed, once it has returned `check`."""

@@ -47,14 +47,8 @@ def test_asdiv_is_added_with_the_teachers_labels(root):
     assert len(data.valid) == 2 and len(data.test) == 5, "only training gets more"
     assert "18 of 18 training" in data.notes[0] and "12 of asdiv" in data.notes[0]
     assert "outside the set: 1;" in data.notes[1] and "without an example: 0" in data.notes[1]
-
-
-def test_a_smaller_part_is_contained_in_a_larger(root):
-    def ids(fraction):
-        c = config(root, "svamp", "asdiv", labels="teacher", augment_fraction=fraction)
-        return set(train.prepare(c).ids)
-
-    assert ids(0.25) < ids(0.5) < ids(1.0)
+    half = train.prepare(config(root, "svamp", "asdiv", labels="teacher", augment_fraction=0.5))
+    assert 18 + 4 <= len(half.ids) <= 18 + 6 and set(half.ids) < set(data.ids)
 
 
 def test_human_labels_or_palm_s_for_svamp_and_files_for_asdiv(root):
@@ -77,4 +71,3 @@ def test_it_trains_to_a_result(root, call):
     assert about["config"]["augment_fraction"] == 0.5
     hashed = {name.rsplit("/", 1)[-1] for name in about["data_sha256"]}
     assert {"ASDiv.xml", "asdiv.jsonl", "svamp.jsonl", "svamp_train.json"} <= hashed
-    assert "is finished" in call(train.main, *words).out

@@ -39,11 +39,9 @@ def refuse(call, tmp_path, monkeypatch):
     ("--dataset imdb", ["'imdb'", "svamp", "folder holding train.jsonl"]),
     ("--dataset asdiv", ["asdiv", "augment"]),
     ("--device tpu9", ["'tpu9'", "allowed: cpu"]),
-    ("--device cuda:77", ["'cuda:77'", "allowed: cpu"]),
     ("--precision fp16", ["'fp16'", "fp32, bf16"]),
     ("--parallel magic", ["'magic'", "ddp"]),
     ("--fraction 0", ["--fraction 0", "above 0 and at most 1"]),
-    ("--fraction nan", ["nan"]),
     ("--lr nan", ["--lr nan", "a positive number"]),
     ("--lam -0.5", ["-0.5"]),
     ("--dropout 1", ["--dropout 1", "below 1"]),
@@ -155,9 +153,3 @@ def test_a_driver_that_torch_cannot_use_is_warned_of(tmp_path, monkeypatch, caps
     for device, warned in (("cpu", 0), (None, 1), (None, 0)):
         assert evaluation.choose_device(device).type == "cpu"
         assert capsys.readouterr().err.count("warning: ") == warned
-
-
-def test_processes_that_would_train_a_model_each(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(train.UserError, match="would train 2 models"):
-        train.resolve(train.Config(parallel="none"))

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,7 @@ def files() -> dict[str, list[dict]]:
     return {name: read_jsonl(DEMO / f"{name}.jsonl") for name in JSONL}
 
 
-@pytest.fixture(scope="module")
-def vocabulary() -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "spiece.model"))
-
-
-def test_the_script_writes_the_bundled_files(tmp_path, vocabulary):
+def test_the_script_writes_the_bundled_files(tmp_path):
     subprocess.run([sys.executable, DEMO / "make_demo.py", "--out", tmp_path], check=True)
     names = {f"{name}.jsonl" for name in JSONL} | {"task.json", "spiece.model"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -33,11 +27,13 @@ def test_the_script_writes_the_bundled_files(tmp_path, vocabulary):
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name
     # Another release of the trainer may choose other pieces, another processor other last bits.
     if sentencepiece.__version__ == WRITTEN_WITH:
-        new = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
-        ids = list(range(vocabulary.vocab_size()))
-        assert new.vocab_size() == len(ids)
-        assert new.id_to_piece(ids) == vocabulary.id_to_piece(ids)
-        assert new.get_score(ids) == pytest.approx(vocabulary.get_score(ids), abs=1e-4)
+        old, new = (
+            sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+            for folder in (DEMO, tmp_path)
+        )
+        ids = list(range(old.vocab_size()))
+        assert new.vocab_size() == len(ids) and new.id_to_piece(ids) == old.id_to_piece(ids)
+        assert new.get_score(ids) == pytest.approx(old.get_score(ids), abs=1e-4)
 
 
 def test_sizes_ids_and_keys(files):
@@ -73,18 +69,3 @@ def test_labels_are_what_the_policy_says(files):
             assert row["label"] == department[1 + matters.index(row["facts"]["matter"])], row
             assert not any(fact in row["input"] for fact in row["facts"].values())
     assert all(row["label"] is None for row in files["pool"])
-
-
-def test_the_most_frequent_label_and_the_teachers_mistakes(files):
-    """A student that always gives that label is right on about a quarter."""
-    for name, (fewest, most) in {
-        **dict.fromkeys(SPLITS, (0.05, 0.08)),
-        "weak": (0.25, 0.3),
-    }.items():
-        rows = files[name]
-        count = Counter(row["label"] for row in rows)
-        assert len(count) == 4 and max(count.values()) <= 0.31 * len(rows)
-        answered = [row for row in rows if row["teacher_label"]]
-        assert 0.92 < len(answered) / len(rows) < 0.99
-        wrong = sum(row["teacher_label"] != row["label"] for row in answered)
-        assert fewest <= wrong / len(rows) <= most

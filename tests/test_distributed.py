@@ -202,14 +202,3 @@ def test_a_fork_that_is_no_t5_and_has_its_own_tokenizer(small_task, tmp_path):
     assert "Causal student" in (many / "best" / "README.md").read_text()
     asked = ["tests/fork.py", "eval", many / "best", "--predict", "-"]
     assert json.loads(run(*asked, stdin="What is snow?\n").stdout)["id"] == "1"
-
-
-def test_a_rank_without_any_row_keeps_step(small_task, tmp_path):
-    words = ["--dataset", small_task, "--method", "standard", "--steps", "2", "--eval-every", "2",
-             "--batch-size", "1", "--dropout", "0", "--lr", "5e-5"]  # fmt: skip
-    assert train.main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
-    for mode in ("ddp", "fsdp"):
-        run("train.py", *words, "--parallel", mode, "--out", tmp_path / mode, processes=2)
-        for a, b in zip(read_steps(tmp_path / "one"), read_steps(tmp_path / mode), strict=True):
-            assert abs(a["label_loss"] - b["label_loss"]) < 1e-5
-            assert abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4

@@ -7,7 +7,6 @@ import torch
 
 from data import Example, parse_completion
 from dsbs import METHODS, make_rows, make_source, multitask_loss
-from t5 import T5, T5Config, shift_right
 
 PLAIN = Example("a", "2 apples and 3 more?", "( 2.0 + 3.0 )", "2 + 3 = 5.", "(2 + 3)")
 PAIR = Example("b", ("It rains.", "It is dry."), "contradiction", "Rain wets.", "neutral")
@@ -50,87 +49,34 @@ def test_loss_by_hand():
         return [math.log(p)] + [math.log((1 - p) / 3)] * 3
 
     x = torch.tensor([[logits(0.5), logits(0.25)], [logits(0.125), logits(0.9)]])
-    labels = torch.tensor([[0, 0], [0, -100]])
-    losses = multitask_loss(x, labels, torch.tensor([0, 1]), torch.tensor([2, 1]), lam=0.5)
+    labels, tasks = torch.tensor([[0, 0], [0, -100]]), torch.tensor([0, 1])
+    counts = torch.tensor([2, 1])
+    losses = multitask_loss(x, labels, tasks, counts, lam=0.5)
     assert losses.label.item() == pytest.approx((math.log(2) + math.log(4)) / 2)
     assert losses.rationale.item() == pytest.approx(math.log(8))
     total = 1.5 * math.log(2) + 0.5 * math.log(8)
     assert losses.total.item() == pytest.approx(total)
-    low = multitask_loss(x.bfloat16(), labels, torch.tensor([0, 1]), torch.tensor([2, 1]))
+    low = multitask_loss(x.bfloat16(), labels, tasks, counts)
     assert low.total.dtype == torch.float32
-
-
-def ragged_batch(rows=12):
-    torch.manual_seed(0)
-    lengths = torch.randint(1, 9, (rows,))
-    labels = torch.randint(2, 40, (rows, 8)).masked_fill(torch.arange(8) >= lengths[:, None], -100)
-    source = torch.randint(2, 40, (rows, 10))
-    mask = (torch.arange(10) < torch.randint(1, 11, (rows, 1))).long()
-    tasks = torch.arange(rows) % 3 % 2  # two label rows for every rationale row
-    counts = torch.stack([(labels[tasks == t] != -100).sum() for t in (0, 1)])
-    return source, mask, labels, tasks, counts
-
-
-def gradients(model, pieces, batch, lam=1.0):
-    source, mask, labels, tasks, counts = batch
-    model.zero_grad()
-    sums = torch.zeros(3)  # L_label, L_rationale, L
-    for piece in pieces:
-        logits = model(source[piece], mask[piece], shift_right(labels[piece]))
-        losses = multitask_loss(logits, labels[piece], tasks[piece], counts, lam)
-        losses.total.backward()
-        sums += torch.cat([losses.each, losses.total[None]]).detach()
-    return sums, torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    shape = dict(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-    return T5(T5Config(**shape)).eval()
-
-
-def test_any_split_gives_the_same_gradients(model):
-    """Whole, one by one, uneven, and pieces that lack a task: equal to 1e-6 (float32)."""
-    batch = ragged_batch()
-    everything = torch.arange(12)
-    whole, expected = gradients(model, [everything], batch)
-    assert batch[-1].min() > 0
-    by_task = [everything[batch[3] == task] for task in (0, 1)]
-    for pieces in (everything.split(1), everything.split(5), by_task):
-        sums, got = gradients(model, pieces, batch)
-        assert (got - expected).abs().max() < 1e-6
-        assert torch.allclose(sums, whole, atol=1e-6)
-
-
-def test_the_loss_of_three_tasks(model):
-    """Cross-entropy of each, the label's weight 1 and lambda for both others."""
-    source, mask, labels, _, _ = ragged_batch()
-    tasks = torch.arange(12) % 3
-    counts = torch.stack([(labels[tasks == t] != -100).sum() for t in range(3)])
-    logits = model(source, mask, shift_right(labels))
-    losses = multitask_loss(logits, labels, tasks, counts, lam=0.3)
-    for task in range(3):
-        own = logits[tasks == task].flatten(0, 1), labels[tasks == task].flatten()
-        alone = torch.nn.functional.cross_entropy(*own, ignore_index=-100)
-        assert torch.allclose(losses.each[task], alone)
-    assert torch.allclose(losses.total, losses.each @ torch.tensor([1, 0.3, 0.3]))
     with torch.autocast("cpu", torch.bfloat16):
-        again = multitask_loss(logits, labels, tasks, counts, lam=0.3)
+        again = multitask_loss(x, labels, tasks, counts, lam=0.5)
     assert torch.equal(again.each, losses.each), "float32 under autocast too"
-    logits = logits.detach().masked_fill((tasks == 2)[:, None, None], math.nan)
-    assert multitask_loss(logits, labels, tasks, counts).each.isfinite().tolist() == [1, 1, 0]
+    # Half of a step, in micro-batches of one row: the counts are the whole step's.
+    rows = [(x[i : i + 1], labels[i : i + 1], tasks[i : i + 1]) for i in (0, 1)]
+    parts = [multitask_loss(*row, 2 * counts, lam=0.5).total.item() for row in rows]
+    assert sum(parts) == pytest.approx(total / 2)
+    x[1] = math.nan
+    assert multitask_loss(x, labels, tasks, counts).each.isfinite().tolist() == [True, False]
 
 
-def test_a_missing_task_is_zero_not_nan(model):
-    source, mask, labels, tasks, _ = ragged_batch()
-    logits = model(source, mask, shift_right(labels))
-    count = (labels != -100).sum()
-    losses = multitask_loss(logits, labels, tasks * 0, torch.stack([count, count * 0]))
-    assert losses.rationale.item() == 0 and torch.isfinite(losses.total)
+def test_a_missing_task_is_zero_not_nan():
+    logits = torch.randn(3, 5, 7, requires_grad=True)
+    labels, tasks = torch.randint(7, (3, 5)), torch.tensor([0, 1, 0])
+    losses = multitask_loss(logits, labels, tasks * 0, torch.tensor([15, 0]))
+    assert losses.rationale.item() == 0 and losses.total > 0
     empty = multitask_loss(logits, labels * 0 - 100, tasks, torch.tensor([5, 5]))
     empty.total.backward()
-    assert empty.total.item() == 0 and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert empty.total.item() == 0 and not logits.grad.any()
     none = logits[:0, 0]  # targets alone, and there are none: (0, V), a rank's dummy row
     empty = multitask_loss(none, labels[:0, 0], tasks[:0], torch.tensor([5, 5]))
     assert empty.total.item() == 0 and empty.total.requires_grad

@@ -88,9 +88,7 @@ def test_batches_to_decode_are_cut_by_tokens(tokenizer, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     for rank in range(3):
         monkeypatch.setattr(evaluation, "rank_and_world", lambda rank=rank: (rank, 3))
-        with pytest.raises(
-            AssertionError, match="one rank decodes each"
-        ):  # the others' are missing
+        with pytest.raises(AssertionError, match="one rank decodes"):  # the others' are missing
             generate_texts(student, texts, 4)
     assert sorted(decoded) == list(range(len(texts)))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import ROOT, a_batch, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
@@ -37,13 +37,6 @@ class Waits(TorchDispatchMode):
         if name in self.names or by_mask:
             self.seen.append(name)
         return op(*args, **(kwargs or {}))
-
-
-def a_batch(rows=3, source=13, target=7) -> dict[str, torch.Tensor]:
-    ids, labels = torch.randint(2, 99, (rows, source)), torch.randint(2, 99, (rows, target))
-    ids[0, 5:], labels[0, 3:] = 0, -100
-    return dict(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels,
-                tasks=torch.arange(rows) % 2)  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
