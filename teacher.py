@@ -91,27 +91,28 @@ LIMITS = ("max_tokens", "max_completion_tokens")  # a log may hold answers with 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An instruction, demonstrations (input, answer), and what to call the parts of a pair."""
+    """An instruction, demonstrations (input, answer), and the names of the two parts of a pair."""
 
     instruction: str
     shots: tuple[tuple[str, str], ...]
     names: tuple[str, ...] = ("Premise", "Hypothesis")
 
     def question(self, input: Text) -> str:
-        """An input as the demonstrations write theirs: a pair on two lines with their names."""
+        """Writes an input as the demonstrations do: a pair on two lines, each with its name."""
         if isinstance(input, str):
             return input
         return "\n".join(f"{name}: {part}" for name, part in zip(self.names, input))
 
     def text(self, input: Text) -> str:
-        """All in one text, for the completions API; what follows it is the answer."""
+        """Returns the prompt as one text, for the completions API. The teacher continues it with
+        the answer."""
         shots = [f"Q: {question}\nA: {answer}" for question, answer in self.shots]
         return "\n\n".join([self.instruction, *shots, f"Q: {self.question(input)}\nA:"]).strip()
 
     def turns(self, input: Text) -> list[dict]:
-        """Returns the demonstrations as turns of a chat. With an earlier wording of the prompts,
-        SmolLM2-135M kept to the form in 39 of 40 answers this way, and in 17 of 40 as one message
-        (README, A teacher)."""
+        """Returns the demonstrations as turns of a chat, and the input as the last. With an earlier
+        wording of the prompts, SmolLM2-135M kept to the form in 39 of 40 answers this way, and in
+        17 of 40 as one message (README, A teacher)."""
         texts = [text for shot in self.shots for text in shot] + [self.question(input)]
         texts[0] = f"{self.instruction}\n\n{texts[0]}".strip()  # not all models have a system role
         roles = itertools.cycle(("user", "assistant"))
@@ -124,68 +125,62 @@ class Prompt:
 
 
 def read_prompt(name: str, shots: int | None = None) -> Prompt:
-    """`prompts/NAME.txt`, or a folder's `prompt.txt`: the first `shots` of its demonstrations.
+    """Reads `prompts/NAME.txt`, or a folder's `prompt.txt`, and keeps the first `shots` of its
+    demonstrations.
 
-    0 is zero-shot (Limitations; Kojima et al., 2022): the instruction, the label set, the form of
-    the answer. UserError with file and line where the form is broken.
+    0 means zero-shot (Limitations; Kojima et al., 2022): the prompt is the instruction, the label
+    set and the form of the answer. UserError: the file is missing or malformed, or it has fewer
+    demonstrations.
     """
     task = get_task(name)
     bundled = HERE / "prompts" / f"{'svamp' if name == 'asdiv' else name}.txt"
     path = bundled if name in TASKS else Path(task.folder, "prompt.txt")
-    placeholder = "84 / 2" if task.scorer == "arithmetic" else (task.labels or ("LABEL",))[0]
-    form = data.format_answer(task, "", "(a) CHOICE" if task.choices else placeholder)
+    placeholder = "(a) CHOICE" if task.choices else "LABEL"
+    form = data.format_answer(task, "", "84 / 2" if task.scorer == "arithmetic" else placeholder)
     prompt = Prompt("Answer the question.", ())
     if path.exists() or shots != 0:
         prompt = _parse_prompt(task, path, form)
     n = len(prompt.shots)
     if shots == 0:
         labels = f" The answer is one of: {', '.join(task.labels)}." if task.labels else ""
-        form = data.format_answer(task, "", "LABEL") if task.labels else form
         asked = f" Write the explanation in your answer.{labels} Think step by step, then end in "
         prompt = replace(prompt, instruction=f"{prompt.instruction}{asked}this form: {form}")
     elif n < (shots or 1):
-        wanted = "one or more" if shots is None else shots
         raise UserError(
-            f"--shots {wanted}: {path} holds {n} demonstrations, allowed: --shots 0 to {n}"
+            f"--shots {shots or 1}: {path} holds {n} demonstrations, allowed: --shots 0 to {n}"
         )
     return replace(prompt, shots=prompt.shots[:shots])
 
 
 def _parse_prompt(task: Task, path: Path, form: str) -> Prompt:
-    """Reads a file whose blocks have blank lines between them.
+    """Parses a prompt file. Each line that starts with "Q:" starts a demonstration; the text above
+    the first one, without comments, is the instruction.
 
-    Blocks before the first "Q: " are the instruction; each later block is one demonstration. The
-    same parser that reads the teacher's answers must find a rationale and an allowed label in each,
-    or the teacher would be shown a form that cannot be read back.
+    `form` is an example of how an answer ends, for the errors. The parser that reads the teacher's
+    answers must find a rationale and an allowed label in each demonstration, or the teacher would
+    be shown a form that cannot be read back. UserError with file and line for any other.
     """
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: {error}; use --shots 0, or write it in UTF-8, about ten demonstrations in "
-            "this form:\n# a comment, not sent\nAn instruction, if you like.\n\n"
-            f"Q: an input, one or more lines\nA: its rationale. {form}\n\nQ: the next ..."
-        ) from None
-    instruction, shots = "", []
-    for block in re.finditer(r"(?:.*\S.*\n?)+", text):
-        start, *parts = re.split(r"^([QA]):", block[0], flags=re.MULTILINE)
-        start = start if shots else re.sub(r"^#.*\n?", "", start, flags=re.MULTILINE)
-        if not parts and not shots:
-            instruction = f"{instruction}\n{start.strip()}".strip()
-            continue
-        whole = not start and parts[::2] == ["Q", "A"]
-        question, answer = (parts[1].strip(), parts[3].strip()) if whole else ("", "")
+        hint = f"use --shots 0, or write it in UTF-8, in the form of {HERE}/prompts/*.txt"
+        raise UserError(f"{path}: {error}; {hint}") from None
+    head, *demonstrations = re.split(r"^Q:", text, flags=re.MULTILINE)
+    line, shots = 1 + head.count("\n"), []
+    for demonstration in demonstrations:
+        question, _, answer = (part.strip() for part in demonstration.partition("\nA:"))
         rationale, label = parse_completion(task, answer, released=False) or ("", "")
         allowed = not_allowed(task, question, label) if label else ""
-        if allowed or not question or not rationale:
-            line = text.count("\n", 0, block.start()) + 1
-            line += parts[1].count("\n") if whole else 0  # the answer's
+        # Text after a blank line would not be read back: it is a comment, or a forgotten "Q:".
+        if allowed or not question or not rationale or data.BLANK_LINE.search(answer):
             raise UserError(
-                f"{path}:{line}: {(answer or block[0])[-60:]!r} is no part of a demonstration: 'Q: "
-                f"' and an input, then 'A: ' and a rationale ending in {form!r}, then a blank line"
+                f"{path}:{line}: {demonstration[-60:]!r} is no demonstration: 'Q: ' and an input, "
+                f"then 'A: ' and a rationale ending in {form!r}, then a blank line"
                 f"{'; the label must be ' if allowed else ''}{allowed}"
             )
         shots.append((question, answer))
+        line += demonstration.count("\n")
+    instruction = re.sub(r"^#.*\n?", "", head, flags=re.MULTILINE).strip()
     names = re.fullmatch(r"(\w+): .*\n(\w+): .*", shots[0][0] if shots else "")
     return Prompt(instruction, tuple(shots), names.groups() if names else Prompt.names)
 

@@ -150,18 +150,14 @@ GOOD = "Q: one?\nA: Leaves. So the answer is red.\n"
 
 
 @pytest.mark.parametrize("text, line", [
-    ("Q: one?\n\nA: Leaves. So the answer is red.\n", 1),  # parted
-    ("A: Leaves. So the answer is red.\n", 1),
     (GOOD + "\nQ: two?\n", 4),
-    (GOOD + "\nloose text\n", 4),
-    (GOOD + "\n# no comment down here\n" + GOOD, 4),
-    (GOOD + GOOD, 1),  # no blank line between them
-    ("An instruction.\n" + GOOD, 1),
-    ("# c\n\n\nQ: one?\nmore?\nA: no answer\n", 6),
-    (GOOD + "\nQ: two?\nA: So the answer is red.\n", 5),  # no rationale
-    ("Q:\nA: Leaves. So the answer is red.\n", 2),
-    (GOOD + "\nQ: two?\nA: Hm. So the answer is purple.\n", 5),
-    (GOOD + "\nQ: two?\nA: Hm. So the answer is red. Or: So the answer is blue.\n", 5),
+    (GOOD + "\nloose text\n", 1),
+    (GOOD + "\n# no comment down here\n" + GOOD, 1),
+    ("# c\n\n\nQ: one?\nmore?\nA: no answer\n", 4),
+    (GOOD + "\nQ: two?\nA: So the answer is red.\n", 4),  # no rationale
+    ("Q:\nA: Leaves. So the answer is red.\n", 1),
+    (GOOD + "\nQ: two?\nA: Hm. So the answer is purple.\n", 4),
+    (GOOD + "\nQ: two?\nA: Hm. So the answer is red. Or: So the answer is blue.\n", 4),
 ])  # fmt: skip
 def test_a_malformed_prompt_is_told_with_its_line(room, text, line):
     (room.folder / "prompt.txt").write_text(text)
@@ -171,7 +167,7 @@ def test_a_malformed_prompt_is_told_with_its_line(room, text, line):
     assert not server.seen and not room.raw.exists()
 
 
-@pytest.mark.parametrize("text", ["# only this\n", "", "Just an instruction.\n"])
+@pytest.mark.parametrize("text", ["# only this\n", "", "Just an instruction.\n", GOOD[2:]])
 def test_a_prompt_without_demonstrations(room, text):
     (room.folder / "prompt.txt").write_text(text)
     assert "--shots 0" in room.ask(NOBODY, status=2).err
