@@ -187,22 +187,20 @@ def _parse_prompt(task: Task, path: Path, form: str) -> Prompt:
 
 # ---- The raw log ---------------------------------------------------------------------------------
 
-FIELDS = {"id": str, "sample": int, "prompt_sha256": str, "input_sha256": str, "model": str}
-FIELDS |= {"settings": dict, "completion": str | None, "usage": dict | None, "attempts": int}
-FIELDS |= {"seconds": int | float, "time": str}
+FIELDS = {"id", "sample", "input_sha256", "model", "prompt_sha256", "settings", "completion"}
+FIELDS |= {"usage", "attempts"}  # the keys of a record that are read again
 
 
 def read_log(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of each line. The start of a line, which a crash left, is skipped;
-    UserError for anything else."""
+    """Yields (line number, record) of each line of a log. It skips a line that is no JSON, as a
+    crash leaves one. UserError for JSON that is no record."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             record = read_json(line.decode("utf-8", "replace"))
-            known = record if isinstance(record, dict) else {}
-            if all(isinstance(known.get(key), kind) for key, kind in FIELDS.items()):
-                yield number, record
-            elif record is None and line.strip() and b'{"id": "'.startswith(line.strip()[:8]):
+            if record is None:
                 say(f"{path}:{number}: a torn line of {len(line)} bytes is skipped")
+            elif isinstance(record, dict) and record.keys() >= FIELDS:
+                yield number, record
             else:
                 hint = "correct or remove it, or give another --out"
                 raise UserError(f"{path}:{number}: no line of a raw log: {line[:80]!r}; {hint}")
@@ -217,16 +215,21 @@ CLOSING = re.compile(r"[<\[]/(?:think|thinking|thought)[>\]]", re.IGNORECASE)
 # What a log's line says. state: answered, unparsed, truncated or failed.
 Answer = namedtuple("Answer", "state rationale label", defaults=(None, None))
 Answers = dict[str, dict[int, Answer]]  # by id and sample
+COUNTS = ("failed", "truncated", "unparsed")  # of answers, and these of examples
+COUNTS += ("labels_outside_the_set", "labels_without_rationale", "correct", "scored")
 
 
 def ending_of(finish_reason: object) -> str:
-    """whole, cut, filtered or, for all that the table does not know, unknown."""
+    """Returns whole, cut, filtered or, for a word that the table lacks, unknown."""
     return ENDING.get(str(finish_reason or "").lower(), "unknown")
 
 
 def read_answer(name: str | Task, record: dict) -> Answer:
-    """Parses a completion. A reasoning model's thoughts (<think>, or the log's `reasoning`) are
-    never read for a label. They are the rationale of a whole answer that explains nothing."""
+    """Parses the completion in a record of the log.
+
+    It never reads a label from the thoughts of a reasoning model (<think>, or the log's
+    `reasoning`). They are the rationale of a whole answer that has a label and explains nothing.
+    """
     ending = ending_of(record.get("finish_reason"))
     if record.get("error") or ending not in ("whole", "cut"):
         return Answer("failed")
@@ -245,34 +248,38 @@ def read_answer(name: str | Task, record: dict) -> Answer:
     return Answer("truncated" if cut else "answered", rationale, found[1])
 
 
-def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
-    """The majority's label, and the first rationale that led to it (self-consistency, Wang et al.,
-    2022). Equations of one value are one label; labels in the set go before others; only whole
-    answers vote, if there are any. Of equally many votes, the first answer's label counts."""
+def vote(name: str | Task, answers: list[Answer]) -> Answer:
+    """Returns the answer with the majority's label; of several, the first, for its rationale
+    (self-consistency, Wang et al., 2022).
+
+    Equations of one value are one label. Only whole answers vote, if there are any. Of equally
+    many votes, the first answer's label counts.
+    """
     votes = [a for a in answers if a.state == "answered"]
-    task = get_task(name)
-    votes = [a for a in votes if not not_allowed(task, example.input, a.label)] or votes
     if not votes:
         return max(answers, key=lambda a: bool(a.label))
-    exact = data.evaluate_arithmetic if task.scorer == "arithmetic" else str.strip
-    values = [exact(a.label) for a in votes]
+    arithmetic = get_task(name).scorer == "arithmetic"
+    values = [data.evaluate_arithmetic(a.label) if arithmetic else a.label for a in votes]
     return votes[values.index(Counter(values).most_common(1)[0][0])]
 
 
 def derive(name: str, examples: list[Example], answers: Answers, keep: str) -> tuple[list, dict]:
-    """(rows of NAME.jsonl, report) of the answers.
+    """Returns (the rows of NAME.jsonl, the report) of the answers.
 
     keep: "all" (cut and unparsed ones too, those without a label), "parsed" (whole answers), or
     "correct" (whole and right by the human label). accuracy: right answers among the settled
     examples (a failure, an unparsed or a cut answer is wrong), the paper's few-shot CoT.
     """
     task, rows, labels, n = get_task(name), [], Counter(), Counter()
-    for example in (example for example in examples if answers.get(example.id)):
-        some = answers[example.id]
-        chosen = vote(task, example, [some[sample] for sample in sorted(some)])
+    for example in examples:
+        some = answers.get(example.id)
+        if not some:
+            continue
+        chosen = vote(task, [some[sample] for sample in sorted(some)])
         whole, human = chosen.state == "answered", example.label
         right = whole and human is not None and data.is_correct(task, chosen.label, human)
-        n.update(scored=human is not None, correct=right)
+        n.update(answer.state for answer in some.values())
+        n.update(settled=len(some), scored=human is not None, correct=right)
         if whole:
             labels[chosen.label] += 1
             outside = bool(not_allowed(task, example.input, chosen.label))
@@ -280,10 +287,8 @@ def derive(name: str, examples: list[Example], answers: Answers, keep: str) -> t
         if {"all": chosen.state != "failed", "parsed": whole, "correct": right}[keep]:
             row = {"id": example.id, "input": example.input, "label": human}
             rows.append(row | {"rationale": chosen.rationale, "teacher_label": chosen.label})
-    states = Counter(answer.state for some in answers.values() for answer in some.values())
-    report = {"settled": states.total(), "answered": states.total() - states["failed"]}
-    report |= {state: states[state] for state in ("failed", "truncated", "unparsed")}
-    report |= {count: n[count] for count in (*LABELS, "correct", "scored")}
+    report = {"settled": n["settled"], "answered": n["settled"] - n["failed"]}
+    report |= {count: n[count] for count in COUNTS}
     report["label_counts"] = dict(labels.most_common(20))
     report["accuracy"] = n["correct"] / n["scored"] if n["scored"] else None
     return rows, report | {"kept": len(rows), "keep": keep}
@@ -298,10 +303,10 @@ Reply = namedtuple("Reply", "status text headers broken")
 
 
 def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
-    """(what a reply means, its words, the log's fields if it was paid for).
+    """Returns (what a reply means, its words, the log's fields if it was paid for).
 
-    This function looks at one reply only. What follows from its meaning, which also depends on
-    what came before, is decided by Client.take. The meanings:
+    This function looks at one reply only. Client.take decides what follows from its meaning, which
+    also depends on what came before. The meanings:
     - answer: it goes to the log, and the parser reads it later (whole and cut answers alike)
     - failed: the server filters this example; asking again would not help
     - again: a passing fault; the same request is sent once more after a pause
@@ -313,10 +318,11 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
     - unreachable: no server at this address, or none with a valid certificate
     """
     value, status, fields, choice = read_body(reply.text), reply.status, {}, None
-    error = value.get("error") if isinstance(value, dict) else None
+    known = value if isinstance(value, dict) else {}
+    error = known.get("error")
     if 200 <= status < 300:
         fields, choice = read_choice(value)
-        fields["usage"] = read_usage(value, fields, body, reply)
+        fields["usage"] = read_usage(known.get("usage"), fields, body, reply)
         if choice is None and error:  # some gateways send their errors with status 200
             code = error_object(value).get("code")
             status = code if isinstance(code, int) and code > 299 else 500
@@ -339,7 +345,8 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
 
 
 def judge_status(status: int, value: Any, reply: Reply) -> tuple[str, str]:
-    """(what it means, its words) of a reply that is an error."""
+    """Returns (what it means, its words) of a reply that is an error. status is 0 where there was
+    no reply."""
     if status == 0:
         never = ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError
         cause = getattr(reply.broken, "reason", reply.broken)  # of an URLError
@@ -354,17 +361,17 @@ def judge_status(status: int, value: Any, reply: Reply) -> tuple[str, str]:
 
 
 def read_json(text: str) -> Any:
-    """The value of a JSON text; None for any other."""
+    """Returns the value of a JSON text; None for any other text."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
 
 
 def read_body(text: str) -> Any:
-    """The JSON of a body; None for a body in no known form.
+    """Returns the JSON of a body; None for a body in no known form.
 
-    The pieces of a stream (`data:` lines, which some gateways send although nobody asked for them)
-    are joined into one answer. Usage comes with the last event. A stream without `[DONE]` and
-    without a finish_reason was cut off: it gets an ending that ENDINGS does not know.
+    It joins the pieces of a stream (`data:` lines, which some gateways send although nobody asked
+    for them) to one answer. Usage comes with the last event. A stream without `[DONE]` and without
+    a finish_reason was cut off: it gets an ending that ENDINGS lacks.
     """
     lines = [line[5:].strip() for line in text.split("\n") if line.startswith("data:")]
     if not lines:
@@ -383,7 +390,8 @@ def read_body(text: str) -> Any:
 
 
 def read_choice(value: Any, key: str = "message") -> tuple[dict, dict | None]:
-    """(fields for the log, the first choice) of a reply; no choice where it is no completion.
+    """Returns (fields for the log, the first choice) of a reply; None for the choice where the
+    reply is no completion.
 
     key: "message", or "delta" in the events of a stream. Thoughts have a key of their own, whose
     name depends on the server, or are parts of the content.
@@ -404,7 +412,7 @@ def read_choice(value: Any, key: str = "message") -> tuple[dict, dict | None]:
 
 
 def flat(content: Any) -> str:
-    """The text of a message's content, which may be a list of parts, without thoughts."""
+    """Returns the text of a message's content, which may be a list of parts, without thoughts."""
     if isinstance(content, list):
         return "".join(map(flat, content))
     if isinstance(content, dict):
@@ -412,10 +420,9 @@ def flat(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def read_usage(value: Any, fields: dict, body: dict, reply: Reply) -> dict:
-    """The numbers of `usage` in a reply. Without a total, an estimate of four characters a token,
-    from the request and the answer, so that --max-tokens-total holds for such servers too."""
-    usage = value.get("usage") if isinstance(value, dict) else None
+def read_usage(usage: Any, fields: dict, body: dict, reply: Reply) -> dict:
+    """Returns the numbers in a reply's `usage`. Where it has no total, this estimates one, with
+    four characters a token, from request and answer, so that --max-tokens-total holds there too."""
     usage = usage if isinstance(usage, dict) else {}
     usage = {key: number for key, number in usage.items() if isinstance(number, int)}
     if "total_tokens" in usage:
@@ -426,25 +433,26 @@ def read_usage(value: Any, fields: dict, body: dict, reply: Reply) -> dict:
 
 
 def error_object(value: Any) -> dict:
-    """The object with `code` and `param` in an error's body, which may be in a list."""
+    """Returns the object with `code` and `param` in an error's body, which may be in a list."""
     value = value[0] if isinstance(value, list) and value else value
     value = value if isinstance(value, dict) else {}
     return value["error"] if isinstance(value.get("error"), dict) else value
 
 
 def said(value: Any) -> str:
-    """All the words of an error, whatever its shape, in one line.
+    """Returns all the words of an error, whatever its shape, in one line.
 
     Servers put them in `error.message`, `detail`, `errors`, a list, a text, JSON within a text or
     HTML. This collects every text in the value, each once and in order, instead of knowing forms.
     """
     if isinstance(value, Exception):
         return f"{type(value).__name__}: {value}"
-    inner = read_json(value) if isinstance(value, str) else value
-    if isinstance(value, str) and not isinstance(inner, list | dict):
+    if isinstance(value, str):
+        inner = read_json(value)  # such as OpenRouter's metadata.raw
+        if isinstance(inner, list | dict):
+            return said(inner)
         text = re.sub(r"<[^>]*>", " ", value) if value.lstrip().startswith("<") else value  # HTML
         return " ".join(text.encode("utf-8", "replace").decode().split())
-    value = inner  # also of JSON in a text, such as OpenRouter's metadata.raw
     if isinstance(value, dict):  # without the request, which FastAPI sends back as `input`
         value = [part for key, part in value.items() if key != "input"]
     parts = map(said, value if isinstance(value, list) else [])
@@ -452,8 +460,9 @@ def said(value: Any) -> str:
 
 
 def wait_asked(reply: Reply, words: str) -> float:
-    """The seconds of Retry-After, which may be a date, or of "try again in 1m7.66s" in the body;
-    the larger of both. 0 for none, a useless one or a date that has passed; at most a day."""
+    """Returns the seconds of Retry-After, which may be a date, or of "try again in 1m7.66s" in the
+    words; the larger of both. 0 for none, a useless one or a date that has passed; at most a
+    day."""
     value, seconds = reply.headers.get("Retry-After") or "0", 0.0
     try:
         seconds = float(value)
