@@ -35,7 +35,6 @@ import os
 import queue
 import random
 import re
-import shlex
 import signal
 import socket
 import ssl
@@ -60,9 +59,9 @@ HERE = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
 STOP = ["\nQ:"]  # completions run on into invented questions
 BACKOFF, LONGEST = 0.5, 60.0  # seconds before the first retry, and at most; doubled in between
-GIVE_UP = 20  # failures in a row, and one more for each worker, that mean the server is the reason
-SAME = 5  # failures with the same words before any answer, which mean the same
-UNREADABLE = 3  # unreadable replies before any answer, after which the run stops
+FIRST = 5  # failed examples in a row, before any answer, that stop the run
+GIVE_UP = 20  # the same after an answer, and one more for each worker
+UNREADABLE = 3  # unreadable replies before any answer that stop the run
 MAX_BODY = 1 << 26  # bytes
 
 # How an answer ended (`finish_reason`, without case) decides what it is. A filtered answer is a
@@ -82,8 +81,7 @@ CODES = {"insufficient_quota": "stop", "content_filter": "failed"}  # `error.cod
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # keys of a message
 INPUTS = ("model", "messages", "prompt")  # keys of a request that stay
 TOKENS = ("total_tokens", "prompt_tokens", "completion_tokens")
-LABELS = ("labels_outside_the_set", "labels_without_rationale")
-LIMITS = ("max_tokens", "max_completion_tokens")  # a log may hold answers with several of these
+LIMITS = ("max_tokens", "max_completion_tokens")  # of an answer; a log may hold several
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -481,7 +479,7 @@ def wait_asked(reply: Reply, words: str) -> float:
 
 @dataclass
 class Job:
-    """An answer to ask for: the sample-th of an example. Times are time.monotonic()'s seconds."""
+    """An answer to ask for: number `sample` of an example. Times are time.monotonic()'s seconds."""
 
     example: Example
     sample: int
@@ -489,17 +487,6 @@ class Job:
     tries: int = 0  # those that count toward --max-retries
     ready: float = 0.0  # when to ask again
     sent: float = 0.0
-    answered: int = 0  # the client's count at that time
-
-
-class Plain(urllib.request.HTTPErrorProcessor):
-    """Errors are replies like others. No redirect is followed: a redirected POST becomes a GET, and
-    takes the key to another host."""
-
-    def http_response(self, request: Any, response: Any) -> Any:
-        return response
-
-    https_response = http_response
 
 
 class Client:
@@ -509,14 +496,15 @@ class Client:
     log, counts and reports, so nothing here needs a lock. A job moves between four places:
 
         jobs -> flying -> the log (an answer, or a final failure)
-                  |  ^
-                  v  |
+                 |  ^
+                 v  |
                 waiting (asked again later)  or  held (refused before the first answer)
 
     A killed run leaves whole lines in the log and loses only what was in flight.
     """
 
     def __init__(self, args: argparse.Namespace, prompt: Prompt, file: FileIO, facts: dict):
+        """file: the log, to append to; facts: what `read_answers` says of it."""
         self.args, self.prompt, self.file = args, prompt, file
         base = check_url(args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
         self.url = base + ("/chat/completions" if args.api == "chat" else "/completions")
@@ -529,24 +517,27 @@ class Client:
         self.place = f" ({self.url}{f' through the proxy {proxy}' if proxy else ''})"
         # One TLS context for all requests: urllib loads the certificates again for each by default.
         context = ssl.create_default_context() if base.startswith("https") else None
-        handlers = (
-            urllib.request.HTTPSHandler(context=context),
-            urllib.request.ProxyHandler(proxies),
-        )
-        self.opener = urllib.request.build_opener(Plain, *handlers)
+        http, https = urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(context=context)
+        # With these handlers alone, errors are replies like others, and no redirect is followed: a
+        # redirected POST becomes a GET, and takes the key to another host.
+        self.opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler(proxies), http, https):
+            self.opener.add_handler(handler)
         self.asked = {"model": args.model, "prompt_sha256": prompt.sha256}
-        kept = ("api", "temperature", "seed", "body")
-        self.settings = {name: getattr(args, name) for name in kept}
-        self.ever = facts["settings"] is not None  # whether the log holds answers
-        self.tokens = facts["cost"].get("total_tokens", 0)
-        # What this run has seen so far. `answered` decides what a refusal means.
-        self.answered = self.failed = self.unreadable = 0
-        self.row: list[str] = []  # the failures since the last answer
-        self.shown: set[str] = set()  # what was said once
+        self.settings = {name: getattr(args, name) for name in ("api", "temperature", "seed")}
+        self.settings["body"] = {k: v for k, v in args.body.items() if k not in LIMITS}
+        limits = {"max_tokens": args.max_tokens} | args.body
+        self.limits = {k: v for k, v in limits.items() if k in LIMITS}
+        self.ever = facts["settings"] is not None  # whether the log holds an answer
+        self.tokens = facts["cost"]["total_tokens"]
+        self.answered = 0.0  # the time of this run's last answer
+        self.failures = 0  # since then, one after the other
+        self.failed = self.unreadable = 0
+        self.shown: set[str] = set()  # what say_once said
         self.dropped: set[str] = set()  # keys that the server refused
         self.flying: dict[Future, tuple[Job, dict]] = {}
         self.waiting: list[Job] = []  # to be asked again
-        self.held: list[tuple[Job, str]] = []  # refused before anything was answered
+        self.held: list[tuple[Job, str]] = []  # refused; it is open whose fault that is
         self.pause_until, self.reason, self.fatal = 0.0, "", False
 
     def post(self, body: dict) -> Reply:
@@ -570,7 +561,8 @@ class Client:
         return Reply(status, self.secret.sub("[key]", text), headers, broken)
 
     def request(self, job: Job) -> dict:
-        """The JSON of a request: few keys, then --body's, without those that the server refused."""
+        """Returns the JSON of a request: few keys, then --body's, without those that the server
+        refused."""
         args, input = self.args, job.example.input
         body = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
         if args.api == "chat":
@@ -586,23 +578,26 @@ class Client:
 
     def run(self, jobs: deque[Job], bar: tqdm) -> str:
         """Asks until the jobs are done or something stops it; returns why, if something did.
-        Ctrl-C and SIGTERM finish what is in flight."""
+
+        Ctrl-C and SIGTERM finish what is in flight. UserError: a refusal or a denial, before the
+        log holds an answer.
+        """
         self.bar, done = bar, queue.SimpleQueue()
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(self.args.concurrency))
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.note))
             while self.flying or ((jobs or self.waiting) and not self.reason):
-                for job in iter(lambda: self.next_job(jobs), None):
+                while job := self.next_job(jobs):
                     body = self.request(job)
-                    job.sent, job.answered = time.monotonic(), self.answered
+                    job.sent = time.monotonic()
                     future = pool.submit(self.post, body)
                     self.flying[future] = job, body
                     future.add_done_callback(done.put)
                 with contextlib.suppress(queue.Empty):  # soon enough to see a signal or a job
                     future = done.get(timeout=0.02)
                     self.take(*self.flying.pop(future), future.result())
-        if self.fatal and not (self.answered or self.ever):
+        if self.fatal and not self.ever:
             raise UserError(self.reason)
         return self.reason
 
@@ -613,33 +608,33 @@ class Client:
         self.stop(f"stopped by {signal.Signals(number).name}")
 
     def next_job(self, jobs: deque[Job]) -> Job | None:
-        """What to ask for now. A job that waits keeps its place among the --concurrency, so that a
-        failing server is asked less; as long as only bad replies came, no request follows until
-        those in flight are back."""
+        """Returns the job to ask for now, or None. A job that waits keeps its place among the
+        --concurrency, so that a failing server is asked less. As long as only bad replies came,
+        this waits for those in flight."""
+        if self.tokens >= (self.args.max_tokens_total or math.inf):
+            self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
         now, busy = time.monotonic(), len(self.flying) + len(self.waiting)
         careful = self.held or (self.unreadable and not self.answered)
         if self.reason or now < self.pause_until or (careful and self.flying):
             return None
-        job = next((job for job in self.waiting if job.ready <= now), None)
-        if not job and (not jobs or busy >= self.args.concurrency):
-            return None
-        if self.tokens >= (self.args.max_tokens_total or math.inf):
-            return self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
-        return self.waiting.pop(self.waiting.index(job)) if job else jobs.popleft()
+        self.waiting.sort(key=lambda job: job.ready)
+        if self.waiting and self.waiting[0].ready <= now:
+            return self.waiting.pop(0)
+        return jobs.popleft() if jobs and busy < self.args.concurrency else None
 
     def take(self, job: Job, body: dict, reply: Reply) -> None:
-        """Logs what was paid for, then does what the reply means: the job is settled, waits to be
-        asked again, is held until the others are back, or the run stops."""
+        """Logs what was paid for, then does what the reply means: settles the job, asks it again
+        later, or stops the run."""
         job.attempts += 1
         what, words, fields = judge(reply, body)
         words += self.place if words else ""
-        if fields and what not in ("answer", "failed"):
-            self.write(job, fields | {"final": False, "error": words})
         if what == "unreachable":  # a server that has answered may come back
             what = "again" if self.answered else "stop"
         if what == "unreadable" and not (self.unreadable and self.flying):
             self.unreadable += 1  # replies that were in flight together count twice at most
             what = "stop" if self.unreadable >= UNREADABLE and not self.answered else what
+        if fields and what not in ("answer", "failed"):
+            self.write(job, fields | {"final": False, "error": words})
         if what in ("answer", "failed"):
             self.settle(job, words, fields)
         elif what in ("denied", "stop"):
@@ -650,8 +645,18 @@ class Client:
             self.held.append((job, words + self.advice(body, reply.status, words)))
         else:
             self.retry(job, what, words, wait_asked(reply, words))
-        if self.held and not self.flying:
+        if self.ever or not self.flying:
             self.release()
+
+    def release(self) -> None:
+        """Decides about refusals: where the log holds an answer, each belongs to its example; else
+        the request itself is wrong, and the run stops."""
+        for job, words in self.held:
+            if self.ever:
+                self.settle(job, words, {})
+            else:
+                self.stop(words, fatal=True)
+        self.held.clear()
 
     def retry(self, job: Job, what: str, words: str, least: float) -> None:
         """Asks again, after `least` seconds or more, until --max-retries.
@@ -660,39 +665,41 @@ class Client:
         requests which failed together do not come back together.
         """
         # A rate limit that lets others through is not this request's fault.
-        job.tries += what != "pause" or self.answered <= job.answered
+        job.tries += what != "pause" or self.answered < job.sent
         if job.tries > self.args.max_retries:
             return self.settle(job, f"after {job.attempts} attempts: {words}", {})
         self.say_once(f"{words}; trying again")
         delay = min(LONGEST, BACKOFF * 2 ** max(0, job.tries - 1)) * random.uniform(0.5, 1)
         job.ready = time.monotonic() + max(delay, least)
-        self.pause_until = max(self.pause_until, job.ready if what == "pause" else 0.0)
+        if what == "pause":
+            self.pause_until = max(self.pause_until, job.ready)
         self.waiting.append(job)
 
     def settle(self, job: Job, error: str, fields: dict) -> None:
         """Logs an answer, or a final failure with its words. Many failures in a row stop the run:
-        five with the same words before any answer, or more than `GIVE_UP`."""
+        five before any answer, or more than `GIVE_UP` after it."""
         self.write(job, fields | ({"error": error} if error else {}))
-        self.failed, self.answered = self.failed + bool(error), self.answered + (not error)
-        self.row = [*self.row, re.sub(r"\d+", "N", error)] if error else []
+        if error:
+            self.failed += 1
+            self.failures += 1
+            self.say_once(f"{error}; {job.example.id!r} is left out")
+        else:
+            self.ever, self.answered, self.failures = True, time.monotonic(), 0
         self.bar.set_postfix(failed=self.failed, tokens=self.tokens, refresh=False)
         self.bar.update()
-        if error:
-            self.say_once(f"{error}; {job.example.id!r} is left out")
-        same = len(self.row) >= SAME and len(set(self.row)) == 1 and not self.answered
-        if same or len(self.row) > GIVE_UP + self.args.concurrency:
-            self.stop(f"{len(self.row)} failures in a row, the last: {error}")
+        if self.failures >= (GIVE_UP + self.args.concurrency if self.answered else FIRST):
+            self.stop(f"{self.failures} failures in a row, the last: {error}")
 
     def write(self, job: Job, fields: dict) -> None:
-        """Appends a line to the log and counts what it cost.
+        """Appends a line to the log and counts what it cost. OSError: the disk is full.
 
         One call writes the line, so that no crash of ours leaves half of it. The log is never
         rewritten or truncated. It holds no key, and "?" for half a surrogate pair.
         """
-        example, refused = job.example, sorted(self.dropped)
-        settings = self.settings | {"max_tokens": self.args.max_tokens, "refused": refused}
+        example = job.example
         record = {"id": example.id, "sample": job.sample, "input_sha256": input_sha256(example)}
-        record |= self.asked | {"settings": settings}
+        record |= self.asked | {"settings": self.settings, "limits": self.limits}
+        record |= {"refused": sorted(self.dropped)}
         record |= {"completion": None, "usage": None, **fields, "attempts": job.attempts}
         record["seconds"] = round(time.monotonic() - job.sent, 3)
         record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
@@ -702,21 +709,10 @@ class Client:
             raise OSError(f"no space left for {self.file.name}")
         self.tokens += (record["usage"] or {}).get("total_tokens", 0)
 
-    def release(self) -> None:
-        """Decides about refusals once nothing is in flight: each belongs to its example if anything
-        was ever answered, else to all of them."""
-        held, self.held = self.held, []
-        if not (self.answered or self.ever):
-            return self.stop(held[0][1], fatal=True)
-        for job, words in held:
-            self.settle(job, words, {})
-
     def drop(self, body: dict, error: dict) -> bool:
-        """Sends a key no more where the server names it in the form that OpenAI documents.
-
-        Returns whether the same job may be asked again without it. Several requests with the key
-        may be in flight: each comes here, and the user is told once.
-        """
+        """Sends a key no more where the server names it in the form that OpenAI documents; returns
+        whether it does. With several requests in flight each comes here, and the user is told
+        once."""
         key, named = error.get("param"), ("unsupported_parameter", "unsupported_value")
         if error.get("code") not in named or key not in body.keys() - set(INPUTS):
             return False
@@ -726,8 +722,8 @@ class Client:
         return True
 
     def advice(self, body: dict, status: int, words: str) -> str:
-        """What may help after a refusal: /v1 after a 404, and for each key of the request that the
-        server's words name, the --body that leaves it out."""
+        """Returns what may help after a refusal: /v1 after a 404, and for each key of the request
+        that the server's words name, the --body that leaves it out."""
         hint = "; most servers want a --base-url that ends in /v1" if status == 404 else ""
         for key in body.keys() - set(INPUTS):
             if re.search(rf"\b{re.escape(key)}\b", words):
@@ -735,21 +731,21 @@ class Client:
         return hint
 
     def say_once(self, words: str) -> None:
-        """The first time that something of this kind is said."""
+        """Prints words, but of those that differ in numbers or at their end only the first."""
         kind = re.sub(r"\d+", "N", words)[:60]
         if kind not in self.shown:
             say(words)
         self.shown.add(kind)
 
     def stop(self, reason: str, fatal: bool = False) -> None:
-        """Sends nothing new from now on; the first reason stands. fatal: a user's mistake, if
-        nothing was ever answered."""
+        """Sends nothing new from now on; the first reason stands. fatal: it is a user's mistake,
+        unless the log holds an answer."""
         if not self.reason:
             self.reason, self.fatal = reason, fatal
 
 
 def check_url(url: str) -> str:
-    """The base of an API, as it is given; UserError for what is no base."""
+    """Returns the base of an API as it is given; UserError for what is no base."""
     url, form = url.strip(), "like http://localhost:8000/v1, without a password or a query in it"
     if "api-version=" in url:
         form = "https://NAME.openai.azure.com/openai/v1/ on Azure, without ?api-version="
@@ -760,18 +756,17 @@ def check_url(url: str) -> str:
 
 
 def check_key(base: str) -> str:
-    """The key of the environment; UserError for a bad one, or for none where one is needed."""
+    """Returns the key of the environment, "" for none; UserError for a bad one, or for none where
+    OpenAI needs one."""
     key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise UserError("OPENAI_API_KEY holds a space or another character that no key has")
-    if not key and base == OPENAI:
-        other = "or give another server with --base-url or OPENAI_BASE_URL"
-        raise UserError(f"OPENAI_API_KEY is not set and OpenAI needs one; set it, {other}")
+    if not re.fullmatch(r"[!-~]*", key) or (not key and base == OPENAI):
+        raise UserError("OPENAI_API_KEY must be a key, without spaces; or give --base-url")
     return key
 
 
 def key_pattern(key: str) -> re.Pattern:
-    """Matches a key as it is, JSON-escaped or percent-encoded; nothing for a very short one.
+    """Returns a pattern for a key as it is, JSON-escaped or percent-encoded; for a very short one,
+    a pattern that matches nothing.
 
     A gateway may echo the key in an error, an answer or a redirect's Location, in any of these
     forms, and even mix them: each character is matched in all forms.
@@ -782,7 +777,7 @@ def key_pattern(key: str) -> re.Pattern:
 
 
 def proxies_for(base: str) -> dict[str, str]:
-    """The proxies of the environment; none for loopback addresses and for no_proxy's."""
+    """Returns the environment's proxies by scheme; {} for loopback addresses and no_proxy's."""
     parts = urllib.parse.urlsplit(base)
     local = re.fullmatch(r"(.+\.)?localhost|127\.[\d.]+|::1|0\.0\.0\.0", parts.hostname)
     bypass = local or urllib.request.proxy_bypass(parts.netloc)
@@ -790,13 +785,13 @@ def proxies_for(base: str) -> dict[str, str]:
 
 
 def input_sha256(example: Example) -> str:
-    """Tells whether an id still stands for the same input."""
+    """Returns a hash that tells whether an id still stands for the same input."""
     text = example.input if isinstance(example.input, str) else "\n".join(example.input)
     return data.sha256(text.encode())
 
 
 def say(words: str) -> None:
-    """Past the progress bar."""
+    """Prints words above the progress bar."""
     tqdm.write(words, file=sys.stderr)
 
 
@@ -804,7 +799,7 @@ def say(words: str) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """All flags; the key comes from the environment and is none of them."""
+    """Parses all flags. The key comes from the environment and is none of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dataset", required=True, help=f"{', '.join(TASKS)}, or a folder of *.jsonl")
@@ -834,7 +829,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fills in what follows from the rest; UserError for what cannot be."""
+    """Checks the flags and replaces those that follow from others; UserError for a bad value."""
     lowest = {"shots": 0, "max_retries": 0, "temperature": 0, "timeout": 0.001, "limit": 1}
     lowest |= dict.fromkeys(("samples", "max_tokens", "max_tokens_total", "concurrency"), 1)
     for name, least in lowest.items():
@@ -851,19 +846,19 @@ def check(args: argparse.Namespace) -> None:
     args.body = body
     if args.temperature is None:
         args.temperature = 0.7 if args.samples > 1 else 0.0
-    if args.samples > 1 and args.temperature == 0:
-        same = f"--samples {args.samples} would be the same at --temperature 0"
-        raise UserError(f"{same}; allowed: above 0, such as 0.7")
     if not (args.model or args.parse_only or args.completions):
         raise UserError("--model is missing; give the name that the server knows")
-    if args.out or not args.completions:
-        args.out = args.out or f"teacher/{Path(args.dataset).name}.{args.split}"
-        args.out = re.sub(r"(\.raw)?\.jsonl$", "", args.out)
+    if not (args.out or args.completions):
+        args.out = f"teacher/{Path(args.dataset).name}.{args.split}"
 
 
 def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answers, dict]:
-    """(answers, facts) of a log; a later line for the same example and sample replaces an earlier
-    one, but a failure replaces nothing. facts: how they were asked for, what all the lines cost."""
+    """Returns (answers, facts) of a log. A later line for the same example and sample replaces an
+    earlier one, but a failure replaces nothing.
+
+    facts: how the answers were asked for, unknown endings, and the cost of all lines. UserError: a
+    line belongs to another input than the examples'.
+    """
     inputs = {example.id: input_sha256(example) for example in examples}
     answers, endings, asked = {}, Counter(), {}
     cost = Counter(dict.fromkeys((*TOKENS, "retries"), 0))
@@ -873,9 +868,9 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
         if record["input_sha256"] != inputs.get(id):
             other = f"another input than in this split of {name}; if the data changed"
             raise UserError(f"{path}:{number}: {id!r} stands for {other}, give another --out")
-        for key in TOKENS:
-            cost[key] += (record.get("usage") or {}).get(key) or 0
-        endings[str(finish)] += ending_of(finish) == "unknown"
+        cost.update({key: (record["usage"] or {}).get(key, 0) for key in TOKENS})
+        if ending_of(finish) == "unknown":
+            endings[str(finish)] += 1
         if record.get("final", True):
             cost["retries"] += record["attempts"] - 1
             answer, some = read_answer(task, record), answers.setdefault(id, {})
@@ -883,23 +878,21 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
                 some[record["sample"]], asked = answer, record
             some.setdefault(record["sample"], answer)
     facts = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
-    return answers, facts | {"unknown_endings": dict(+endings), "cost": dict(cost)}
+    return answers, facts | {"unknown_endings": dict(endings), "cost": dict(cost)}
 
 
 def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> str:
-    """Asks for what the log lacks; returns why it stopped early, if it did.
+    """Asks for what the log lacks; returns why it stopped early, "" if it did not.
 
-    The lock on the log keeps a second process out. UserError if the log's answers came from other
-    settings: one log mixes no models, prompts or temperatures.
+    The lock on the log keeps a second process out. UserError: the log's answers came from other
+    settings. One log mixes no models, prompts or temperatures.
     """
     prompt = read_prompt(args.dataset, args.shots)
     with data.lock(path) as file:
         answers, facts = read_answers(path, args.dataset, examples)
         client = Client(args, prompt, file, facts)
         if client.ever:
-            before, now = {"body": {}, **facts, **facts["settings"]}, client.asked | client.settings
-            for asked in (before, now):  # --max-tokens may differ: cut answers are asked for again
-                asked["body"] = {k: v for k, v in asked["body"].items() if k not in LIMITS}
+            before, now = facts | facts["settings"], client.asked | client.settings
             changed = [f"{k} {before[k]} there, {v} here" for k, v in now.items() if before[k] != v]
             if changed:
                 raise UserError(f"{path} has answers to {'; '.join(changed)}; give another --out")
@@ -925,25 +918,20 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
 
 
 def show(report: dict) -> None:
-    """The report, in a few lines."""
-    r, cost = report, report.get("cost", {})
-    counts = ("failed", "truncated", "unparsed", *LABELS)
-    parts = [f"{key.replace('_', ' ')} {r[key]:,}" for key in counts]
-    print(f"answered {r['answered']:,}, of {r['examples']:,} examples; {', '.join(parts)}")
-    if cost:
-        parts = [f"{cost[key]:,} {key.replace('_', ' ')}" for key in (*TOKENS, "retries")]
-        print(f"cost {', '.join(parts)}")
-    for name, n in r.get("unknown_endings", {}).items():
-        print(f"{n:,} replies ended in {name!r}, which is no known ending: they are no answers")
-    if 0 < len(r["label_counts"]) <= 10:
-        print(f"labels: {', '.join(f'{k} {v:,}' for k, v in r['label_counts'].items())}")
-    if r["accuracy"] is not None:
-        print(f"accuracy {r['accuracy']:.4f} ({r['correct']:,} of {r['scored']:,}, human labels)")
+    """Prints the report: its numbers in one line, then each table, then the accuracy."""
+    numbers = [f"{key} {value:,}" for key, value in report.items() if type(value) is int]
+    print(", ".join(numbers).replace("_", " "))
+    for name in ("label_counts", "unknown_endings", "cost"):
+        if report.get(name):
+            print(f"{name.replace('_', ' ')}: {report[name]}")
+    if report["accuracy"] is not None:
+        right = f"{report['correct']:,} of {report['scored']:,}"
+        print(f"accuracy {report['accuracy']:.4f} ({right}, human labels)")
 
 
 def released(args: argparse.Namespace) -> tuple[list[Example], Answers, dict]:
-    """(examples, answers, facts) of released completions: over train's whole file, as their
-    figures are, where our valid is cut out of it."""
+    """Returns (examples, answers, facts) of released completions. Where our valid is a part of
+    train's file, train means the whole file, as in the published figures."""
     both = args.split == "train" and get_task(args.dataset).cut
     splits, examples, answers = ["train", "valid"] if both else [args.split], [], {}
     for split in splits:
@@ -954,13 +942,14 @@ def released(args: argparse.Namespace) -> tuple[list[Example], Answers, dict]:
     return examples, answers, {"completions": args.completions, "splits": splits}
 
 
-def run(args: argparse.Namespace, words: list[str]) -> int:
-    """Annotates, or derives what is asked for; the exit status."""
+def run(args: argparse.Namespace) -> int:
+    """Annotates or derives, as the flags say, and prints what is left; returns the exit status."""
     check(args)
-    examples, why = data.load_dataset(args.dataset, args.split, args.data_root), ""
+    why = ""
     if args.completions:
         examples, answers, facts = released(args)
     else:
+        examples = data.load_dataset(args.dataset, args.split, args.data_root)
         path = Path(args.out + ".raw.jsonl")
         why = "" if args.parse_only else annotate(args, examples, path)
         answers, facts = read_answers(path, args.dataset, examples)
@@ -977,31 +966,23 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
         return 0
     wanted = itertools.product(examples[: args.limit], range(args.samples))
     found = [answers.get(example.id, {}).get(sample) for example, sample in wanted]
-    return what_is_left(args, found, why, words)
-
-
-def what_is_left(args: argparse.Namespace, found: list, why: str, words: list[str]) -> int:
-    """Prints how to go on if something is left or failed; the exit status."""
     left, failed = found.count(None), sum(a is not None and a.state == "failed" for a in found)
-    if not left and not failed:
-        return 0
-    retry = (args.retry if why else set()) | ({"failed"} if failed else set())
-    again = re.sub(r" --retry[ =]\S+", "", " " + shlex.join(words)).strip()
-    again += f" --retry {','.join(sorted(retry))}" if retry else ""
-    why = f": {why}" if why else ""
-    say(f"{left:,} not asked for, {failed:,} failed{why}; to go on:\n  python teacher.py {again}")
-    return 3
+    if left or failed:
+        why = f" ({why})" if why else ""
+        say(
+            f"{left:,} not asked for{why}, {failed:,} failed; the same command goes on, and asks "
+            "for failures again with --retry failed"
+        )
+    return 3 if left or failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when all that was asked for is answered, 3 when something is left or failed,
-    2 for a user's mistake."""
-    words = sys.argv[1:] if argv is None else argv
+    """Returns the exit status: 0 when all that was asked for is answered, 3 when something is left
+    or failed, 2 for a user's mistake."""
     try:
-        return run(parse_args(words), words)
+        return run(parse_args(argv))
     except (UserError, OSError) as error:
-        hint = "; the log loses nothing: --parse-only derives the other files"
-        print(f"error: {error}{hint if isinstance(error, OSError) else ''}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while nothing is asked
         return 130
