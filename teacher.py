@@ -59,9 +59,9 @@ HERE = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
 STOP = ["\nQ:"]  # completions run on into invented questions
 BACKOFF, LONGEST = 0.5, 60.0  # seconds before the first retry, and at most; doubled in between
-FIRST = 5  # failed examples in a row, before any answer, that stop the run
-GIVE_UP = 20  # the same after an answer, and one more for each worker
-UNREADABLE = 3  # unreadable replies before any answer that stop the run
+FIRST = 5  # failed examples, before the first answer, that stop the run
+GIVE_UP = 20  # failed examples in a row after it, and one more for each worker, that stop the run
+UNREADABLE = 3  # unreadable replies, before the first answer, that stop the run
 MAX_BODY = 1 << 26  # bytes
 
 # How an answer ended (`finish_reason`, without case) decides what it is. A filtered answer is a
@@ -118,7 +118,7 @@ class Prompt:
 
     @property
     def sha256(self) -> str:
-        """The hash of everything that is sent except the input."""
+        """Hashes everything that is sent except the input."""
         return data.sha256(self.text("").encode())
 
 
@@ -526,15 +526,14 @@ class Client:
         self.asked = {"model": args.model, "prompt_sha256": prompt.sha256}
         self.settings = {name: getattr(args, name) for name in ("api", "temperature", "seed")}
         self.settings["body"] = {k: v for k, v in args.body.items() if k not in LIMITS}
-        limits = {"max_tokens": args.max_tokens} | args.body
-        self.limits = {k: v for k, v in limits.items() if k in LIMITS}
+        # What is merged into every request. A key that the server refuses becomes null.
+        self.body = {"max_tokens": args.max_tokens} | args.body
         self.ever = facts["settings"] is not None  # whether the log holds an answer
         self.tokens = facts["cost"]["total_tokens"]
         self.answered = 0.0  # the time of this run's last answer
         self.failures = 0  # since then, one after the other
         self.failed = self.unreadable = 0
         self.shown: set[str] = set()  # what say_once said
-        self.dropped: set[str] = set()  # keys that the server refused
         self.flying: dict[Future, tuple[Job, dict]] = {}
         self.waiting: list[Job] = []  # to be asked again
         self.held: list[tuple[Job, str]] = []  # refused; it is open whose fault that is
@@ -561,20 +560,16 @@ class Client:
         return Reply(status, self.secret.sub("[key]", text), headers, broken)
 
     def request(self, job: Job) -> dict:
-        """Returns the JSON of a request: few keys, then --body's, without those that the server
-        refused."""
+        """Returns the JSON of a request: few keys, then --body's, without those that are null."""
         args, input = self.args, job.example.input
-        body = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
+        body = {"model": args.model, "temperature": args.temperature}
         if args.api == "chat":
             body["messages"] = self.prompt.turns(input)
         else:  # in chat, `stop` would cut a reasoning model's thoughts
             body |= {"prompt": self.prompt.text(input), "stop": STOP}
         if args.seed is not None:
             body["seed"] = args.seed + job.sample
-        body |= args.body
-        if "max_tokens" in self.dropped:
-            body.setdefault("max_completion_tokens", body.get("max_tokens"))
-        return {k: v for k, v in body.items() if v is not None and k not in self.dropped}
+        return {key: value for key, value in (body | self.body).items() if value is not None}
 
     def run(self, jobs: deque[Job], bar: tqdm) -> str:
         """Asks until the jobs are done or something stops it; returns why, if something did.
@@ -677,7 +672,7 @@ class Client:
 
     def settle(self, job: Job, error: str, fields: dict) -> None:
         """Logs an answer, or a final failure with its words. Many failures in a row stop the run:
-        five before any answer, or more than `GIVE_UP` after it."""
+        FIRST before its first answer, and GIVE_UP and one for each worker after it."""
         self.write(job, fields | ({"error": error} if error else {}))
         if error:
             self.failed += 1
@@ -698,8 +693,7 @@ class Client:
         """
         example = job.example
         record = {"id": example.id, "sample": job.sample, "input_sha256": input_sha256(example)}
-        record |= self.asked | {"settings": self.settings, "limits": self.limits}
-        record |= {"refused": sorted(self.dropped)}
+        record |= self.asked | {"settings": self.settings, "body": self.body}
         record |= {"completion": None, "usage": None, **fields, "attempts": job.attempts}
         record["seconds"] = round(time.monotonic() - job.sent, 3)
         record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
@@ -716,9 +710,10 @@ class Client:
         key, named = error.get("param"), ("unsupported_parameter", "unsupported_value")
         if error.get("code") not in named or key not in body.keys() - set(INPUTS):
             return False
-        instead = "with max_completion_tokens instead of" if key == "max_tokens" else "without"
-        self.say_once(f"{key}: {said(error)}; going on {instead} {key}")
-        self.dropped.add(key)
+        if key == "max_tokens":
+            self.body.setdefault("max_completion_tokens", body[key])
+        self.body[key] = None
+        self.say_once(f"{key}: {said(error)}; going on with {json.dumps(self.body)}")
         return True
 
     def advice(self, body: dict, status: int, words: str) -> str:
