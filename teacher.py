@@ -35,7 +35,6 @@ import os
 import queue
 import random
 import re
-import shlex
 import signal
 import socket
 import ssl
@@ -60,9 +59,9 @@ HERE = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
 STOP = ["\nQ:"]  # completions run on into invented questions
 BACKOFF, LONGEST = 0.5, 60.0  # seconds before the first retry, and at most; doubled in between
-GIVE_UP = 20  # failures in a row, and one more for each worker, that mean the server is the reason
-SAME = 5  # failures with the same words before any answer, which mean the same
-UNREADABLE = 3  # unreadable replies before any answer, after which the run stops
+FIRST = 5  # failed examples, before the first answer, that stop the run
+GIVE_UP = 20  # failed examples in a row after it, and one more for each worker, that stop the run
+UNREADABLE = 3  # unreadable replies, before the first answer, that stop the run
 MAX_BODY = 1 << 26  # bytes
 
 # How an answer ended (`finish_reason`, without case) decides what it is. A filtered answer is a
@@ -82,8 +81,7 @@ CODES = {"insufficient_quota": "stop", "content_filter": "failed"}  # `error.cod
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # keys of a message
 INPUTS = ("model", "messages", "prompt")  # keys of a request that stay
 TOKENS = ("total_tokens", "prompt_tokens", "completion_tokens")
-LABELS = ("labels_outside_the_set", "labels_without_rationale")
-LIMITS = ("max_tokens", "max_completion_tokens")  # a log may hold answers with several of these
+LIMITS = ("max_tokens", "max_completion_tokens")  # of an answer; a log may hold several
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -91,27 +89,28 @@ LIMITS = ("max_tokens", "max_completion_tokens")  # a log may hold answers with 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An instruction, demonstrations (input, answer), and what to call the parts of a pair."""
+    """An instruction, demonstrations (input, answer), and the names of the two parts of a pair."""
 
     instruction: str
     shots: tuple[tuple[str, str], ...]
     names: tuple[str, ...] = ("Premise", "Hypothesis")
 
     def question(self, input: Text) -> str:
-        """An input as the demonstrations write theirs: a pair on two lines with their names."""
+        """Writes an input as the demonstrations do: a pair on two lines, each with its name."""
         if isinstance(input, str):
             return input
         return "\n".join(f"{name}: {part}" for name, part in zip(self.names, input))
 
     def text(self, input: Text) -> str:
-        """All in one text, for the completions API; what follows it is the answer."""
+        """Returns the prompt as one text, for the completions API. The teacher continues it with
+        the answer."""
         shots = [f"Q: {question}\nA: {answer}" for question, answer in self.shots]
         return "\n\n".join([self.instruction, *shots, f"Q: {self.question(input)}\nA:"]).strip()
 
     def turns(self, input: Text) -> list[dict]:
-        """Returns the demonstrations as turns of a chat. With an earlier wording of the prompts,
-        SmolLM2-135M kept to the form in 39 of 40 answers this way, and in 17 of 40 as one message
-        (README, A teacher)."""
+        """Returns the demonstrations as turns of a chat, and the input as the last. With an earlier
+        wording of the prompts, SmolLM2-135M kept to the form in 39 of 40 answers this way, and in
+        17 of 40 as one message (README, A teacher)."""
         texts = [text for shot in self.shots for text in shot] + [self.question(input)]
         texts[0] = f"{self.instruction}\n\n{texts[0]}".strip()  # not all models have a system role
         roles = itertools.cycle(("user", "assistant"))
@@ -119,95 +118,87 @@ class Prompt:
 
     @property
     def sha256(self) -> str:
-        """The hash of everything that is sent except the input."""
+        """Hashes everything that is sent except the input."""
         return data.sha256(self.text("").encode())
 
 
 def read_prompt(name: str, shots: int | None = None) -> Prompt:
-    """`prompts/NAME.txt`, or a folder's `prompt.txt`: the first `shots` of its demonstrations.
+    """Reads `prompts/NAME.txt`, or a folder's `prompt.txt`, and keeps the first `shots` of its
+    demonstrations.
 
-    0 is zero-shot (Limitations; Kojima et al., 2022): the instruction, the label set, the form of
-    the answer. UserError with file and line where the form is broken.
+    0 means zero-shot (Limitations; Kojima et al., 2022): the prompt is the instruction, the label
+    set and the form of the answer. UserError: the file is missing or malformed, or it has fewer
+    demonstrations.
     """
     task = get_task(name)
     bundled = HERE / "prompts" / f"{'svamp' if name == 'asdiv' else name}.txt"
     path = bundled if name in TASKS else Path(task.folder, "prompt.txt")
-    placeholder = "84 / 2" if task.scorer == "arithmetic" else (task.labels or ("LABEL",))[0]
-    form = data.format_answer(task, "", "(a) CHOICE" if task.choices else placeholder)
+    placeholder = "(a) CHOICE" if task.choices else "LABEL"
+    form = data.format_answer(task, "", "84 / 2" if task.scorer == "arithmetic" else placeholder)
     prompt = Prompt("Answer the question.", ())
     if path.exists() or shots != 0:
         prompt = _parse_prompt(task, path, form)
     n = len(prompt.shots)
     if shots == 0:
         labels = f" The answer is one of: {', '.join(task.labels)}." if task.labels else ""
-        form = data.format_answer(task, "", "LABEL") if task.labels else form
         asked = f" Write the explanation in your answer.{labels} Think step by step, then end in "
         prompt = replace(prompt, instruction=f"{prompt.instruction}{asked}this form: {form}")
     elif n < (shots or 1):
-        wanted = "one or more" if shots is None else shots
         raise UserError(
-            f"--shots {wanted}: {path} holds {n} demonstrations, allowed: --shots 0 to {n}"
+            f"--shots {shots or 1}: {path} holds {n} demonstrations, allowed: --shots 0 to {n}"
         )
     return replace(prompt, shots=prompt.shots[:shots])
 
 
 def _parse_prompt(task: Task, path: Path, form: str) -> Prompt:
-    """Reads a file whose blocks have blank lines between them.
+    """Parses a prompt file. Each line that starts with "Q:" starts a demonstration; the text above
+    the first one, without comments, is the instruction.
 
-    Blocks before the first "Q: " are the instruction; each later block is one demonstration. The
-    same parser that reads the teacher's answers must find a rationale and an allowed label in each,
-    or the teacher would be shown a form that cannot be read back.
+    `form` is an example of how an answer ends, for the errors. The parser that reads the teacher's
+    answers must find a rationale and an allowed label in each demonstration, or the teacher would
+    be shown a form that cannot be read back. UserError with file and line for any other.
     """
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: {error}; use --shots 0, or write it in UTF-8, about ten demonstrations in "
-            "this form:\n# a comment, not sent\nAn instruction, if you like.\n\n"
-            f"Q: an input, one or more lines\nA: its rationale. {form}\n\nQ: the next ..."
-        ) from None
-    instruction, shots = "", []
-    for block in re.finditer(r"(?:.*\S.*\n?)+", text):
-        start, *parts = re.split(r"^([QA]):", block[0], flags=re.MULTILINE)
-        start = start if shots else re.sub(r"^#.*\n?", "", start, flags=re.MULTILINE)
-        if not parts and not shots:
-            instruction = f"{instruction}\n{start.strip()}".strip()
-            continue
-        whole = not start and parts[::2] == ["Q", "A"]
-        question, answer = (parts[1].strip(), parts[3].strip()) if whole else ("", "")
+        hint = f"use --shots 0, or write it in UTF-8, in the form of {HERE}/prompts/*.txt"
+        raise UserError(f"{path}: {error}; {hint}") from None
+    head, *demonstrations = re.split(r"^Q:", text, flags=re.MULTILINE)
+    line, shots = 1 + head.count("\n"), []
+    for demonstration in demonstrations:
+        question, _, answer = (part.strip() for part in demonstration.partition("\nA:"))
         rationale, label = parse_completion(task, answer, released=False) or ("", "")
         allowed = not_allowed(task, question, label) if label else ""
-        if allowed or not question or not rationale:
-            line = text.count("\n", 0, block.start()) + 1
-            line += parts[1].count("\n") if whole else 0  # the answer's
+        # Text after a blank line would not be read back: it is a comment, or a forgotten "Q:".
+        if allowed or not question or not rationale or data.BLANK_LINE.search(answer):
             raise UserError(
-                f"{path}:{line}: {(answer or block[0])[-60:]!r} is no part of a demonstration: 'Q: "
-                f"' and an input, then 'A: ' and a rationale ending in {form!r}, then a blank line"
+                f"{path}:{line}: {demonstration[-60:]!r} is no demonstration: 'Q: ' and an input, "
+                f"then 'A: ' and a rationale ending in {form!r}, then a blank line"
                 f"{'; the label must be ' if allowed else ''}{allowed}"
             )
         shots.append((question, answer))
+        line += demonstration.count("\n")
+    instruction = re.sub(r"^#.*\n?", "", head, flags=re.MULTILINE).strip()
     names = re.fullmatch(r"(\w+): .*\n(\w+): .*", shots[0][0] if shots else "")
     return Prompt(instruction, tuple(shots), names.groups() if names else Prompt.names)
 
 
 # ---- The raw log ---------------------------------------------------------------------------------
 
-FIELDS = {"id": str, "sample": int, "prompt_sha256": str, "input_sha256": str, "model": str}
-FIELDS |= {"settings": dict, "completion": str | None, "usage": dict | None, "attempts": int}
-FIELDS |= {"seconds": int | float, "time": str}
+FIELDS = {"id", "sample", "input_sha256", "model", "prompt_sha256", "settings", "completion"}
+FIELDS |= {"usage", "attempts"}  # the keys of a record that are read again
 
 
 def read_log(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of each line. The start of a line, which a crash left, is skipped;
-    UserError for anything else."""
+    """Yields (line number, record) of each line of a log. It skips a line that is no JSON, as a
+    crash leaves one. UserError for JSON that is no record."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             record = read_json(line.decode("utf-8", "replace"))
-            known = record if isinstance(record, dict) else {}
-            if all(isinstance(known.get(key), kind) for key, kind in FIELDS.items()):
-                yield number, record
-            elif record is None and line.strip() and b'{"id": "'.startswith(line.strip()[:8]):
+            if record is None:
                 say(f"{path}:{number}: a torn line of {len(line)} bytes is skipped")
+            elif isinstance(record, dict) and record.keys() >= FIELDS:
+                yield number, record
             else:
                 hint = "correct or remove it, or give another --out"
                 raise UserError(f"{path}:{number}: no line of a raw log: {line[:80]!r}; {hint}")
@@ -222,16 +213,21 @@ CLOSING = re.compile(r"[<\[]/(?:think|thinking|thought)[>\]]", re.IGNORECASE)
 # What a log's line says. state: answered, unparsed, truncated or failed.
 Answer = namedtuple("Answer", "state rationale label", defaults=(None, None))
 Answers = dict[str, dict[int, Answer]]  # by id and sample
+COUNTS = ("failed", "truncated", "unparsed")  # of answers, and these of examples
+COUNTS += ("labels_outside_the_set", "labels_without_rationale", "correct", "scored")
 
 
 def ending_of(finish_reason: object) -> str:
-    """whole, cut, filtered or, for all that the table does not know, unknown."""
+    """Returns whole, cut, filtered or, for a word that the table lacks, unknown."""
     return ENDING.get(str(finish_reason or "").lower(), "unknown")
 
 
 def read_answer(name: str | Task, record: dict) -> Answer:
-    """Parses a completion. A reasoning model's thoughts (<think>, or the log's `reasoning`) are
-    never read for a label. They are the rationale of a whole answer that explains nothing."""
+    """Parses the completion in a record of the log.
+
+    It never reads a label from the thoughts of a reasoning model (<think>, or the log's
+    `reasoning`). They are the rationale of a whole answer that has a label and explains nothing.
+    """
     ending = ending_of(record.get("finish_reason"))
     if record.get("error") or ending not in ("whole", "cut"):
         return Answer("failed")
@@ -250,34 +246,38 @@ def read_answer(name: str | Task, record: dict) -> Answer:
     return Answer("truncated" if cut else "answered", rationale, found[1])
 
 
-def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
-    """The majority's label, and the first rationale that led to it (self-consistency, Wang et al.,
-    2022). Equations of one value are one label; labels in the set go before others; only whole
-    answers vote, if there are any. Of equally many votes, the first answer's label counts."""
+def vote(name: str | Task, answers: list[Answer]) -> Answer:
+    """Returns the answer with the majority's label; of several, the first, for its rationale
+    (self-consistency, Wang et al., 2022).
+
+    Equations of one value are one label. Only whole answers vote, if there are any. Of equally
+    many votes, the first answer's label counts.
+    """
     votes = [a for a in answers if a.state == "answered"]
-    task = get_task(name)
-    votes = [a for a in votes if not not_allowed(task, example.input, a.label)] or votes
     if not votes:
         return max(answers, key=lambda a: bool(a.label))
-    exact = data.evaluate_arithmetic if task.scorer == "arithmetic" else str.strip
-    values = [exact(a.label) for a in votes]
+    arithmetic = get_task(name).scorer == "arithmetic"
+    values = [data.evaluate_arithmetic(a.label) if arithmetic else a.label for a in votes]
     return votes[values.index(Counter(values).most_common(1)[0][0])]
 
 
 def derive(name: str, examples: list[Example], answers: Answers, keep: str) -> tuple[list, dict]:
-    """(rows of NAME.jsonl, report) of the answers.
+    """Returns (the rows of NAME.jsonl, the report) of the answers.
 
     keep: "all" (cut and unparsed ones too, those without a label), "parsed" (whole answers), or
     "correct" (whole and right by the human label). accuracy: right answers among the settled
     examples (a failure, an unparsed or a cut answer is wrong), the paper's few-shot CoT.
     """
     task, rows, labels, n = get_task(name), [], Counter(), Counter()
-    for example in (example for example in examples if answers.get(example.id)):
-        some = answers[example.id]
-        chosen = vote(task, example, [some[sample] for sample in sorted(some)])
+    for example in examples:
+        some = answers.get(example.id)
+        if not some:
+            continue
+        chosen = vote(task, [some[sample] for sample in sorted(some)])
         whole, human = chosen.state == "answered", example.label
         right = whole and human is not None and data.is_correct(task, chosen.label, human)
-        n.update(scored=human is not None, correct=right)
+        n.update(answer.state for answer in some.values())
+        n.update(settled=len(some), scored=human is not None, correct=right)
         if whole:
             labels[chosen.label] += 1
             outside = bool(not_allowed(task, example.input, chosen.label))
@@ -285,10 +285,8 @@ def derive(name: str, examples: list[Example], answers: Answers, keep: str) -> t
         if {"all": chosen.state != "failed", "parsed": whole, "correct": right}[keep]:
             row = {"id": example.id, "input": example.input, "label": human}
             rows.append(row | {"rationale": chosen.rationale, "teacher_label": chosen.label})
-    states = Counter(answer.state for some in answers.values() for answer in some.values())
-    report = {"settled": states.total(), "answered": states.total() - states["failed"]}
-    report |= {state: states[state] for state in ("failed", "truncated", "unparsed")}
-    report |= {count: n[count] for count in (*LABELS, "correct", "scored")}
+    report = {"settled": n["settled"], "answered": n["settled"] - n["failed"]}
+    report |= {count: n[count] for count in COUNTS}
     report["label_counts"] = dict(labels.most_common(20))
     report["accuracy"] = n["correct"] / n["scored"] if n["scored"] else None
     return rows, report | {"kept": len(rows), "keep": keep}
@@ -303,10 +301,10 @@ Reply = namedtuple("Reply", "status text headers broken")
 
 
 def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
-    """(what a reply means, its words, the log's fields if it was paid for).
+    """Returns (what a reply means, its words, the log's fields if it was paid for).
 
-    This function looks at one reply only. What follows from its meaning, which also depends on
-    what came before, is decided by Client.take. The meanings:
+    This function looks at one reply only. Client.take decides what follows from its meaning, which
+    also depends on what came before. The meanings:
     - answer: it goes to the log, and the parser reads it later (whole and cut answers alike)
     - failed: the server filters this example; asking again would not help
     - again: a passing fault; the same request is sent once more after a pause
@@ -318,10 +316,11 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
     - unreachable: no server at this address, or none with a valid certificate
     """
     value, status, fields, choice = read_body(reply.text), reply.status, {}, None
-    error = value.get("error") if isinstance(value, dict) else None
+    known = value if isinstance(value, dict) else {}
+    error = known.get("error")
     if 200 <= status < 300:
         fields, choice = read_choice(value)
-        fields["usage"] = read_usage(value, fields, body, reply)
+        fields["usage"] = read_usage(known.get("usage"), fields, body, reply)
         if choice is None and error:  # some gateways send their errors with status 200
             code = error_object(value).get("code")
             status = code if isinstance(code, int) and code > 299 else 500
@@ -344,7 +343,8 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
 
 
 def judge_status(status: int, value: Any, reply: Reply) -> tuple[str, str]:
-    """(what it means, its words) of a reply that is an error."""
+    """Returns (what it means, its words) of a reply that is an error. status is 0 where there was
+    no reply."""
     if status == 0:
         never = ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError
         cause = getattr(reply.broken, "reason", reply.broken)  # of an URLError
@@ -359,17 +359,17 @@ def judge_status(status: int, value: Any, reply: Reply) -> tuple[str, str]:
 
 
 def read_json(text: str) -> Any:
-    """The value of a JSON text; None for any other."""
+    """Returns the value of a JSON text; None for any other text."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
 
 
 def read_body(text: str) -> Any:
-    """The JSON of a body; None for a body in no known form.
+    """Returns the JSON of a body; None for a body in no known form.
 
-    The pieces of a stream (`data:` lines, which some gateways send although nobody asked for them)
-    are joined into one answer. Usage comes with the last event. A stream without `[DONE]` and
-    without a finish_reason was cut off: it gets an ending that ENDINGS does not know.
+    It joins the pieces of a stream (`data:` lines, which some gateways send although nobody asked
+    for them) to one answer. Usage comes with the last event. A stream without `[DONE]` and without
+    a finish_reason was cut off: it gets an ending that ENDINGS lacks.
     """
     lines = [line[5:].strip() for line in text.split("\n") if line.startswith("data:")]
     if not lines:
@@ -388,7 +388,8 @@ def read_body(text: str) -> Any:
 
 
 def read_choice(value: Any, key: str = "message") -> tuple[dict, dict | None]:
-    """(fields for the log, the first choice) of a reply; no choice where it is no completion.
+    """Returns (fields for the log, the first choice) of a reply; None for the choice where the
+    reply is no completion.
 
     key: "message", or "delta" in the events of a stream. Thoughts have a key of their own, whose
     name depends on the server, or are parts of the content.
@@ -409,7 +410,7 @@ def read_choice(value: Any, key: str = "message") -> tuple[dict, dict | None]:
 
 
 def flat(content: Any) -> str:
-    """The text of a message's content, which may be a list of parts, without thoughts."""
+    """Returns the text of a message's content, which may be a list of parts, without thoughts."""
     if isinstance(content, list):
         return "".join(map(flat, content))
     if isinstance(content, dict):
@@ -417,10 +418,9 @@ def flat(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def read_usage(value: Any, fields: dict, body: dict, reply: Reply) -> dict:
-    """The numbers of `usage` in a reply. Without a total, an estimate of four characters a token,
-    from the request and the answer, so that --max-tokens-total holds for such servers too."""
-    usage = value.get("usage") if isinstance(value, dict) else None
+def read_usage(usage: Any, fields: dict, body: dict, reply: Reply) -> dict:
+    """Returns the numbers in a reply's `usage`. Where it has no total, this estimates one, with
+    four characters a token, from request and answer, so that --max-tokens-total holds there too."""
     usage = usage if isinstance(usage, dict) else {}
     usage = {key: number for key, number in usage.items() if isinstance(number, int)}
     if "total_tokens" in usage:
@@ -431,25 +431,26 @@ def read_usage(value: Any, fields: dict, body: dict, reply: Reply) -> dict:
 
 
 def error_object(value: Any) -> dict:
-    """The object with `code` and `param` in an error's body, which may be in a list."""
+    """Returns the object with `code` and `param` in an error's body, which may be in a list."""
     value = value[0] if isinstance(value, list) and value else value
     value = value if isinstance(value, dict) else {}
     return value["error"] if isinstance(value.get("error"), dict) else value
 
 
 def said(value: Any) -> str:
-    """All the words of an error, whatever its shape, in one line.
+    """Returns all the words of an error, whatever its shape, in one line.
 
     Servers put them in `error.message`, `detail`, `errors`, a list, a text, JSON within a text or
     HTML. This collects every text in the value, each once and in order, instead of knowing forms.
     """
     if isinstance(value, Exception):
         return f"{type(value).__name__}: {value}"
-    inner = read_json(value) if isinstance(value, str) else value
-    if isinstance(value, str) and not isinstance(inner, list | dict):
+    if isinstance(value, str):
+        inner = read_json(value)  # such as OpenRouter's metadata.raw
+        if isinstance(inner, list | dict):
+            return said(inner)
         text = re.sub(r"<[^>]*>", " ", value) if value.lstrip().startswith("<") else value  # HTML
         return " ".join(text.encode("utf-8", "replace").decode().split())
-    value = inner  # also of JSON in a text, such as OpenRouter's metadata.raw
     if isinstance(value, dict):  # without the request, which FastAPI sends back as `input`
         value = [part for key, part in value.items() if key != "input"]
     parts = map(said, value if isinstance(value, list) else [])
@@ -457,8 +458,9 @@ def said(value: Any) -> str:
 
 
 def wait_asked(reply: Reply, words: str) -> float:
-    """The seconds of Retry-After, which may be a date, or of "try again in 1m7.66s" in the body;
-    the larger of both. 0 for none, a useless one or a date that has passed; at most a day."""
+    """Returns the seconds of Retry-After, which may be a date, or of "try again in 1m7.66s" in the
+    words; the larger of both. 0 for none, a useless one or a date that has passed; at most a
+    day."""
     value, seconds = reply.headers.get("Retry-After") or "0", 0.0
     try:
         seconds = float(value)
@@ -477,7 +479,7 @@ def wait_asked(reply: Reply, words: str) -> float:
 
 @dataclass
 class Job:
-    """An answer to ask for: the sample-th of an example. Times are time.monotonic()'s seconds."""
+    """An answer to ask for: number `sample` of an example. Times are time.monotonic()'s seconds."""
 
     example: Example
     sample: int
@@ -485,17 +487,6 @@ class Job:
     tries: int = 0  # those that count toward --max-retries
     ready: float = 0.0  # when to ask again
     sent: float = 0.0
-    answered: int = 0  # the client's count at that time
-
-
-class Plain(urllib.request.HTTPErrorProcessor):
-    """Errors are replies like others. No redirect is followed: a redirected POST becomes a GET, and
-    takes the key to another host."""
-
-    def http_response(self, request: Any, response: Any) -> Any:
-        return response
-
-    https_response = http_response
 
 
 class Client:
@@ -505,14 +496,15 @@ class Client:
     log, counts and reports, so nothing here needs a lock. A job moves between four places:
 
         jobs -> flying -> the log (an answer, or a final failure)
-                  |  ^
-                  v  |
+                 |  ^
+                 v  |
                 waiting (asked again later)  or  held (refused before the first answer)
 
     A killed run leaves whole lines in the log and loses only what was in flight.
     """
 
     def __init__(self, args: argparse.Namespace, prompt: Prompt, file: FileIO, facts: dict):
+        """file: the log, to append to; facts: what `read_answers` says of it."""
         self.args, self.prompt, self.file = args, prompt, file
         base = check_url(args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
         self.url = base + ("/chat/completions" if args.api == "chat" else "/completions")
@@ -525,24 +517,26 @@ class Client:
         self.place = f" ({self.url}{f' through the proxy {proxy}' if proxy else ''})"
         # One TLS context for all requests: urllib loads the certificates again for each by default.
         context = ssl.create_default_context() if base.startswith("https") else None
-        handlers = (
-            urllib.request.HTTPSHandler(context=context),
-            urllib.request.ProxyHandler(proxies),
-        )
-        self.opener = urllib.request.build_opener(Plain, *handlers)
+        http, https = urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(context=context)
+        # With these handlers alone, errors are replies like others, and no redirect is followed: a
+        # redirected POST becomes a GET, and takes the key to another host.
+        self.opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler(proxies), http, https):
+            self.opener.add_handler(handler)
         self.asked = {"model": args.model, "prompt_sha256": prompt.sha256}
-        kept = ("api", "temperature", "seed", "body")
-        self.settings = {name: getattr(args, name) for name in kept}
-        self.ever = facts["settings"] is not None  # whether the log holds answers
-        self.tokens = facts["cost"].get("total_tokens", 0)
-        # What this run has seen so far. `answered` decides what a refusal means.
-        self.answered = self.failed = self.unreadable = 0
-        self.row: list[str] = []  # the failures since the last answer
-        self.shown: set[str] = set()  # what was said once
-        self.dropped: set[str] = set()  # keys that the server refused
+        self.settings = {name: getattr(args, name) for name in ("api", "temperature", "seed")}
+        self.settings["body"] = {k: v for k, v in args.body.items() if k not in LIMITS}
+        # What is merged into every request. A key that the server refuses becomes null.
+        self.body = {"max_tokens": args.max_tokens} | args.body
+        self.ever = facts["settings"] is not None  # whether the log holds an answer
+        self.tokens = facts["cost"]["total_tokens"]
+        self.answered = 0.0  # the time of this run's last answer
+        self.failures = 0  # since then, one after the other
+        self.failed = self.unreadable = 0
+        self.shown: set[str] = set()  # what say_once said
         self.flying: dict[Future, tuple[Job, dict]] = {}
         self.waiting: list[Job] = []  # to be asked again
-        self.held: list[tuple[Job, str]] = []  # refused before anything was answered
+        self.held: list[tuple[Job, str]] = []  # refused; it is open whose fault that is
         self.pause_until, self.reason, self.fatal = 0.0, "", False
 
     def post(self, body: dict) -> Reply:
@@ -566,39 +560,39 @@ class Client:
         return Reply(status, self.secret.sub("[key]", text), headers, broken)
 
     def request(self, job: Job) -> dict:
-        """The JSON of a request: few keys, then --body's, without those that the server refused."""
+        """Returns the JSON of a request: few keys, then --body's, without those that are null."""
         args, input = self.args, job.example.input
-        body = {"model": args.model, "temperature": args.temperature, "max_tokens": args.max_tokens}
+        body = {"model": args.model, "temperature": args.temperature}
         if args.api == "chat":
             body["messages"] = self.prompt.turns(input)
         else:  # in chat, `stop` would cut a reasoning model's thoughts
             body |= {"prompt": self.prompt.text(input), "stop": STOP}
         if args.seed is not None:
             body["seed"] = args.seed + job.sample
-        body |= args.body
-        if "max_tokens" in self.dropped:
-            body.setdefault("max_completion_tokens", body.get("max_tokens"))
-        return {k: v for k, v in body.items() if v is not None and k not in self.dropped}
+        return {key: value for key, value in (body | self.body).items() if value is not None}
 
     def run(self, jobs: deque[Job], bar: tqdm) -> str:
         """Asks until the jobs are done or something stops it; returns why, if something did.
-        Ctrl-C and SIGTERM finish what is in flight."""
+
+        Ctrl-C and SIGTERM finish what is in flight. UserError: a refusal or a denial, before the
+        log holds an answer.
+        """
         self.bar, done = bar, queue.SimpleQueue()
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(self.args.concurrency))
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.note))
             while self.flying or ((jobs or self.waiting) and not self.reason):
-                for job in iter(lambda: self.next_job(jobs), None):
+                while job := self.next_job(jobs):
                     body = self.request(job)
-                    job.sent, job.answered = time.monotonic(), self.answered
+                    job.sent = time.monotonic()
                     future = pool.submit(self.post, body)
                     self.flying[future] = job, body
                     future.add_done_callback(done.put)
                 with contextlib.suppress(queue.Empty):  # soon enough to see a signal or a job
                     future = done.get(timeout=0.02)
                     self.take(*self.flying.pop(future), future.result())
-        if self.fatal and not (self.answered or self.ever):
+        if self.fatal and not self.ever:
             raise UserError(self.reason)
         return self.reason
 
@@ -609,33 +603,33 @@ class Client:
         self.stop(f"stopped by {signal.Signals(number).name}")
 
     def next_job(self, jobs: deque[Job]) -> Job | None:
-        """What to ask for now. A job that waits keeps its place among the --concurrency, so that a
-        failing server is asked less; as long as only bad replies came, no request follows until
-        those in flight are back."""
+        """Returns the job to ask for now, or None. A job that waits keeps its place among the
+        --concurrency, so that a failing server is asked less. As long as only bad replies came,
+        this waits for those in flight."""
+        if self.tokens >= (self.args.max_tokens_total or math.inf):
+            self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
         now, busy = time.monotonic(), len(self.flying) + len(self.waiting)
         careful = self.held or (self.unreadable and not self.answered)
         if self.reason or now < self.pause_until or (careful and self.flying):
             return None
-        job = next((job for job in self.waiting if job.ready <= now), None)
-        if not job and (not jobs or busy >= self.args.concurrency):
-            return None
-        if self.tokens >= (self.args.max_tokens_total or math.inf):
-            return self.stop(f"--max-tokens-total {self.args.max_tokens_total} is reached")
-        return self.waiting.pop(self.waiting.index(job)) if job else jobs.popleft()
+        self.waiting.sort(key=lambda job: job.ready)
+        if self.waiting and self.waiting[0].ready <= now:
+            return self.waiting.pop(0)
+        return jobs.popleft() if jobs and busy < self.args.concurrency else None
 
     def take(self, job: Job, body: dict, reply: Reply) -> None:
-        """Logs what was paid for, then does what the reply means: the job is settled, waits to be
-        asked again, is held until the others are back, or the run stops."""
+        """Logs what was paid for, then does what the reply means: settles the job, asks it again
+        later, or stops the run."""
         job.attempts += 1
         what, words, fields = judge(reply, body)
         words += self.place if words else ""
-        if fields and what not in ("answer", "failed"):
-            self.write(job, fields | {"final": False, "error": words})
         if what == "unreachable":  # a server that has answered may come back
             what = "again" if self.answered else "stop"
         if what == "unreadable" and not (self.unreadable and self.flying):
             self.unreadable += 1  # replies that were in flight together count twice at most
             what = "stop" if self.unreadable >= UNREADABLE and not self.answered else what
+        if fields and what not in ("answer", "failed"):
+            self.write(job, fields | {"final": False, "error": words})
         if what in ("answer", "failed"):
             self.settle(job, words, fields)
         elif what in ("denied", "stop"):
@@ -646,8 +640,18 @@ class Client:
             self.held.append((job, words + self.advice(body, reply.status, words)))
         else:
             self.retry(job, what, words, wait_asked(reply, words))
-        if self.held and not self.flying:
+        if self.ever or not self.flying:
             self.release()
+
+    def release(self) -> None:
+        """Decides about refusals: where the log holds an answer, each belongs to its example; else
+        the request itself is wrong, and the run stops."""
+        for job, words in self.held:
+            if self.ever:
+                self.settle(job, words, {})
+            else:
+                self.stop(words, fatal=True)
+        self.held.clear()
 
     def retry(self, job: Job, what: str, words: str, least: float) -> None:
         """Asks again, after `least` seconds or more, until --max-retries.
@@ -656,39 +660,40 @@ class Client:
         requests which failed together do not come back together.
         """
         # A rate limit that lets others through is not this request's fault.
-        job.tries += what != "pause" or self.answered <= job.answered
+        job.tries += what != "pause" or self.answered < job.sent
         if job.tries > self.args.max_retries:
             return self.settle(job, f"after {job.attempts} attempts: {words}", {})
         self.say_once(f"{words}; trying again")
         delay = min(LONGEST, BACKOFF * 2 ** max(0, job.tries - 1)) * random.uniform(0.5, 1)
         job.ready = time.monotonic() + max(delay, least)
-        self.pause_until = max(self.pause_until, job.ready if what == "pause" else 0.0)
+        if what == "pause":
+            self.pause_until = max(self.pause_until, job.ready)
         self.waiting.append(job)
 
     def settle(self, job: Job, error: str, fields: dict) -> None:
         """Logs an answer, or a final failure with its words. Many failures in a row stop the run:
-        five with the same words before any answer, or more than `GIVE_UP`."""
+        FIRST before its first answer, and GIVE_UP and one for each worker after it."""
         self.write(job, fields | ({"error": error} if error else {}))
-        self.failed, self.answered = self.failed + bool(error), self.answered + (not error)
-        self.row = [*self.row, re.sub(r"\d+", "N", error)] if error else []
+        if error:
+            self.failed += 1
+            self.failures += 1
+            self.say_once(f"{error}; {job.example.id!r} is left out")
+        else:
+            self.ever, self.answered, self.failures = True, time.monotonic(), 0
         self.bar.set_postfix(failed=self.failed, tokens=self.tokens, refresh=False)
         self.bar.update()
-        if error:
-            self.say_once(f"{error}; {job.example.id!r} is left out")
-        same = len(self.row) >= SAME and len(set(self.row)) == 1 and not self.answered
-        if same or len(self.row) > GIVE_UP + self.args.concurrency:
-            self.stop(f"{len(self.row)} failures in a row, the last: {error}")
+        if self.failures >= (GIVE_UP + self.args.concurrency if self.answered else FIRST):
+            self.stop(f"{self.failures} failures in a row, the last: {error}")
 
     def write(self, job: Job, fields: dict) -> None:
-        """Appends a line to the log and counts what it cost.
+        """Appends a line to the log and counts what it cost. OSError: the disk is full.
 
         One call writes the line, so that no crash of ours leaves half of it. The log is never
         rewritten or truncated. It holds no key, and "?" for half a surrogate pair.
         """
-        example, refused = job.example, sorted(self.dropped)
-        settings = self.settings | {"max_tokens": self.args.max_tokens, "refused": refused}
+        example = job.example
         record = {"id": example.id, "sample": job.sample, "input_sha256": input_sha256(example)}
-        record |= self.asked | {"settings": settings}
+        record |= self.asked | {"settings": self.settings, "body": self.body}
         record |= {"completion": None, "usage": None, **fields, "attempts": job.attempts}
         record["seconds"] = round(time.monotonic() - job.sent, 3)
         record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
@@ -698,32 +703,22 @@ class Client:
             raise OSError(f"no space left for {self.file.name}")
         self.tokens += (record["usage"] or {}).get("total_tokens", 0)
 
-    def release(self) -> None:
-        """Decides about refusals once nothing is in flight: each belongs to its example if anything
-        was ever answered, else to all of them."""
-        held, self.held = self.held, []
-        if not (self.answered or self.ever):
-            return self.stop(held[0][1], fatal=True)
-        for job, words in held:
-            self.settle(job, words, {})
-
     def drop(self, body: dict, error: dict) -> bool:
-        """Sends a key no more where the server names it in the form that OpenAI documents.
-
-        Returns whether the same job may be asked again without it. Several requests with the key
-        may be in flight: each comes here, and the user is told once.
-        """
+        """Sends a key no more where the server names it in the form that OpenAI documents; returns
+        whether it does. With several requests in flight each comes here, and the user is told
+        once."""
         key, named = error.get("param"), ("unsupported_parameter", "unsupported_value")
         if error.get("code") not in named or key not in body.keys() - set(INPUTS):
             return False
-        instead = "with max_completion_tokens instead of" if key == "max_tokens" else "without"
-        self.say_once(f"{key}: {said(error)}; going on {instead} {key}")
-        self.dropped.add(key)
+        if key == "max_tokens":
+            self.body.setdefault("max_completion_tokens", body[key])
+        self.body[key] = None
+        self.say_once(f"{key}: {said(error)}; going on with {json.dumps(self.body)}")
         return True
 
     def advice(self, body: dict, status: int, words: str) -> str:
-        """What may help after a refusal: /v1 after a 404, and for each key of the request that the
-        server's words name, the --body that leaves it out."""
+        """Returns what may help after a refusal: /v1 after a 404, and for each key of the request
+        that the server's words name, the --body that leaves it out."""
         hint = "; most servers want a --base-url that ends in /v1" if status == 404 else ""
         for key in body.keys() - set(INPUTS):
             if re.search(rf"\b{re.escape(key)}\b", words):
@@ -731,21 +726,21 @@ class Client:
         return hint
 
     def say_once(self, words: str) -> None:
-        """The first time that something of this kind is said."""
+        """Prints words, but of those that differ in numbers or at their end only the first."""
         kind = re.sub(r"\d+", "N", words)[:60]
         if kind not in self.shown:
             say(words)
         self.shown.add(kind)
 
     def stop(self, reason: str, fatal: bool = False) -> None:
-        """Sends nothing new from now on; the first reason stands. fatal: a user's mistake, if
-        nothing was ever answered."""
+        """Sends nothing new from now on; the first reason stands. fatal: it is a user's mistake,
+        unless the log holds an answer."""
         if not self.reason:
             self.reason, self.fatal = reason, fatal
 
 
 def check_url(url: str) -> str:
-    """The base of an API, as it is given; UserError for what is no base."""
+    """Returns the base of an API as it is given; UserError for what is no base."""
     url, form = url.strip(), "like http://localhost:8000/v1, without a password or a query in it"
     if "api-version=" in url:
         form = "https://NAME.openai.azure.com/openai/v1/ on Azure, without ?api-version="
@@ -756,18 +751,17 @@ def check_url(url: str) -> str:
 
 
 def check_key(base: str) -> str:
-    """The key of the environment; UserError for a bad one, or for none where one is needed."""
+    """Returns the key of the environment, "" for none; UserError for a bad one, or for none where
+    OpenAI needs one."""
     key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise UserError("OPENAI_API_KEY holds a space or another character that no key has")
-    if not key and base == OPENAI:
-        other = "or give another server with --base-url or OPENAI_BASE_URL"
-        raise UserError(f"OPENAI_API_KEY is not set and OpenAI needs one; set it, {other}")
+    if not re.fullmatch(r"[!-~]*", key) or (not key and base == OPENAI):
+        raise UserError("OPENAI_API_KEY must be a key, without spaces; or give --base-url")
     return key
 
 
 def key_pattern(key: str) -> re.Pattern:
-    """Matches a key as it is, JSON-escaped or percent-encoded; nothing for a very short one.
+    """Returns a pattern for a key as it is, JSON-escaped or percent-encoded; for a very short one,
+    a pattern that matches nothing.
 
     A gateway may echo the key in an error, an answer or a redirect's Location, in any of these
     forms, and even mix them: each character is matched in all forms.
@@ -778,7 +772,7 @@ def key_pattern(key: str) -> re.Pattern:
 
 
 def proxies_for(base: str) -> dict[str, str]:
-    """The proxies of the environment; none for loopback addresses and for no_proxy's."""
+    """Returns the environment's proxies by scheme; {} for loopback addresses and no_proxy's."""
     parts = urllib.parse.urlsplit(base)
     local = re.fullmatch(r"(.+\.)?localhost|127\.[\d.]+|::1|0\.0\.0\.0", parts.hostname)
     bypass = local or urllib.request.proxy_bypass(parts.netloc)
@@ -786,13 +780,13 @@ def proxies_for(base: str) -> dict[str, str]:
 
 
 def input_sha256(example: Example) -> str:
-    """Tells whether an id still stands for the same input."""
+    """Returns a hash that tells whether an id still stands for the same input."""
     text = example.input if isinstance(example.input, str) else "\n".join(example.input)
     return data.sha256(text.encode())
 
 
 def say(words: str) -> None:
-    """Past the progress bar."""
+    """Prints words above the progress bar."""
     tqdm.write(words, file=sys.stderr)
 
 
@@ -800,7 +794,7 @@ def say(words: str) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """All flags; the key comes from the environment and is none of them."""
+    """Parses all flags. The key comes from the environment and is none of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dataset", required=True, help=f"{', '.join(TASKS)}, or a folder of *.jsonl")
@@ -830,7 +824,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fills in what follows from the rest; UserError for what cannot be."""
+    """Checks the flags and replaces those that follow from others; UserError for a bad value."""
     lowest = {"shots": 0, "max_retries": 0, "temperature": 0, "timeout": 0.001, "limit": 1}
     lowest |= dict.fromkeys(("samples", "max_tokens", "max_tokens_total", "concurrency"), 1)
     for name, least in lowest.items():
@@ -847,19 +841,19 @@ def check(args: argparse.Namespace) -> None:
     args.body = body
     if args.temperature is None:
         args.temperature = 0.7 if args.samples > 1 else 0.0
-    if args.samples > 1 and args.temperature == 0:
-        same = f"--samples {args.samples} would be the same at --temperature 0"
-        raise UserError(f"{same}; allowed: above 0, such as 0.7")
     if not (args.model or args.parse_only or args.completions):
         raise UserError("--model is missing; give the name that the server knows")
-    if args.out or not args.completions:
-        args.out = args.out or f"teacher/{Path(args.dataset).name}.{args.split}"
-        args.out = re.sub(r"(\.raw)?\.jsonl$", "", args.out)
+    if not (args.out or args.completions):
+        args.out = f"teacher/{Path(args.dataset).name}.{args.split}"
 
 
 def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answers, dict]:
-    """(answers, facts) of a log; a later line for the same example and sample replaces an earlier
-    one, but a failure replaces nothing. facts: how they were asked for, what all the lines cost."""
+    """Returns (answers, facts) of a log. A later line for the same example and sample replaces an
+    earlier one, but a failure replaces nothing.
+
+    facts: how the answers were asked for, unknown endings, and the cost of all lines. UserError: a
+    line belongs to another input than the examples'.
+    """
     inputs = {example.id: input_sha256(example) for example in examples}
     answers, endings, asked = {}, Counter(), {}
     cost = Counter(dict.fromkeys((*TOKENS, "retries"), 0))
@@ -869,9 +863,9 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
         if record["input_sha256"] != inputs.get(id):
             other = f"another input than in this split of {name}; if the data changed"
             raise UserError(f"{path}:{number}: {id!r} stands for {other}, give another --out")
-        for key in TOKENS:
-            cost[key] += (record.get("usage") or {}).get(key) or 0
-        endings[str(finish)] += ending_of(finish) == "unknown"
+        cost.update({key: (record["usage"] or {}).get(key, 0) for key in TOKENS})
+        if ending_of(finish) == "unknown":
+            endings[str(finish)] += 1
         if record.get("final", True):
             cost["retries"] += record["attempts"] - 1
             answer, some = read_answer(task, record), answers.setdefault(id, {})
@@ -879,23 +873,21 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
                 some[record["sample"]], asked = answer, record
             some.setdefault(record["sample"], answer)
     facts = {key: asked.get(key) for key in ("model", "prompt_sha256", "settings")}
-    return answers, facts | {"unknown_endings": dict(+endings), "cost": dict(cost)}
+    return answers, facts | {"unknown_endings": dict(endings), "cost": dict(cost)}
 
 
 def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> str:
-    """Asks for what the log lacks; returns why it stopped early, if it did.
+    """Asks for what the log lacks; returns why it stopped early, "" if it did not.
 
-    The lock on the log keeps a second process out. UserError if the log's answers came from other
-    settings: one log mixes no models, prompts or temperatures.
+    The lock on the log keeps a second process out. UserError: the log's answers came from other
+    settings. One log mixes no models, prompts or temperatures.
     """
     prompt = read_prompt(args.dataset, args.shots)
     with data.lock(path) as file:
         answers, facts = read_answers(path, args.dataset, examples)
         client = Client(args, prompt, file, facts)
         if client.ever:
-            before, now = {"body": {}, **facts, **facts["settings"]}, client.asked | client.settings
-            for asked in (before, now):  # --max-tokens may differ: cut answers are asked for again
-                asked["body"] = {k: v for k, v in asked["body"].items() if k not in LIMITS}
+            before, now = facts | facts["settings"], client.asked | client.settings
             changed = [f"{k} {before[k]} there, {v} here" for k, v in now.items() if before[k] != v]
             if changed:
                 raise UserError(f"{path} has answers to {'; '.join(changed)}; give another --out")
@@ -921,25 +913,20 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
 
 
 def show(report: dict) -> None:
-    """The report, in a few lines."""
-    r, cost = report, report.get("cost", {})
-    counts = ("failed", "truncated", "unparsed", *LABELS)
-    parts = [f"{key.replace('_', ' ')} {r[key]:,}" for key in counts]
-    print(f"answered {r['answered']:,}, of {r['examples']:,} examples; {', '.join(parts)}")
-    if cost:
-        parts = [f"{cost[key]:,} {key.replace('_', ' ')}" for key in (*TOKENS, "retries")]
-        print(f"cost {', '.join(parts)}")
-    for name, n in r.get("unknown_endings", {}).items():
-        print(f"{n:,} replies ended in {name!r}, which is no known ending: they are no answers")
-    if 0 < len(r["label_counts"]) <= 10:
-        print(f"labels: {', '.join(f'{k} {v:,}' for k, v in r['label_counts'].items())}")
-    if r["accuracy"] is not None:
-        print(f"accuracy {r['accuracy']:.4f} ({r['correct']:,} of {r['scored']:,}, human labels)")
+    """Prints the report: its numbers in one line, then each table, then the accuracy."""
+    numbers = [f"{key} {value:,}" for key, value in report.items() if type(value) is int]
+    print(", ".join(numbers).replace("_", " "))
+    for name in ("label_counts", "unknown_endings", "cost"):
+        if report.get(name):
+            print(f"{name.replace('_', ' ')}: {report[name]}")
+    if report["accuracy"] is not None:
+        right = f"{report['correct']:,} of {report['scored']:,}"
+        print(f"accuracy {report['accuracy']:.4f} ({right}, human labels)")
 
 
 def released(args: argparse.Namespace) -> tuple[list[Example], Answers, dict]:
-    """(examples, answers, facts) of released completions: over train's whole file, as their
-    figures are, where our valid is cut out of it."""
+    """Returns (examples, answers, facts) of released completions. Where our valid is a part of
+    train's file, train means the whole file, as in the published figures."""
     both = args.split == "train" and get_task(args.dataset).cut
     splits, examples, answers = ["train", "valid"] if both else [args.split], [], {}
     for split in splits:
@@ -950,13 +937,14 @@ def released(args: argparse.Namespace) -> tuple[list[Example], Answers, dict]:
     return examples, answers, {"completions": args.completions, "splits": splits}
 
 
-def run(args: argparse.Namespace, words: list[str]) -> int:
-    """Annotates, or derives what is asked for; the exit status."""
+def run(args: argparse.Namespace) -> int:
+    """Annotates or derives, as the flags say, and prints what is left; returns the exit status."""
     check(args)
-    examples, why = data.load_dataset(args.dataset, args.split, args.data_root), ""
+    why = ""
     if args.completions:
         examples, answers, facts = released(args)
     else:
+        examples = data.load_dataset(args.dataset, args.split, args.data_root)
         path = Path(args.out + ".raw.jsonl")
         why = "" if args.parse_only else annotate(args, examples, path)
         answers, facts = read_answers(path, args.dataset, examples)
@@ -973,31 +961,23 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
         return 0
     wanted = itertools.product(examples[: args.limit], range(args.samples))
     found = [answers.get(example.id, {}).get(sample) for example, sample in wanted]
-    return what_is_left(args, found, why, words)
-
-
-def what_is_left(args: argparse.Namespace, found: list, why: str, words: list[str]) -> int:
-    """Prints how to go on if something is left or failed; the exit status."""
     left, failed = found.count(None), sum(a is not None and a.state == "failed" for a in found)
-    if not left and not failed:
-        return 0
-    retry = (args.retry if why else set()) | ({"failed"} if failed else set())
-    again = re.sub(r" --retry[ =]\S+", "", " " + shlex.join(words)).strip()
-    again += f" --retry {','.join(sorted(retry))}" if retry else ""
-    why = f": {why}" if why else ""
-    say(f"{left:,} not asked for, {failed:,} failed{why}; to go on:\n  python teacher.py {again}")
-    return 3
+    if left or failed:
+        why = f" ({why})" if why else ""
+        say(
+            f"{left:,} not asked for{why}, {failed:,} failed; the same command goes on, and asks "
+            "for failures again with --retry failed"
+        )
+    return 3 if left or failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when all that was asked for is answered, 3 when something is left or failed,
-    2 for a user's mistake."""
-    words = sys.argv[1:] if argv is None else argv
+    """Returns the exit status: 0 when all that was asked for is answered, 3 when something is left
+    or failed, 2 for a user's mistake."""
     try:
-        return run(parse_args(words), words)
+        return run(parse_args(argv))
     except (UserError, OSError) as error:
-        hint = "; the log loses nothing: --parse-only derives the other files"
-        print(f"error: {error}{hint if isinstance(error, OSError) else ''}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while nothing is asked
         return 130

@@ -123,7 +123,7 @@ def teacher_resume(quick: bool, folder: Path) -> dict:
     import teacher
 
     prompt = teacher.read_prompt("esnli").sha256
-    settings = {"api": "chat", "temperature": 0.0, "seed": None, "max_tokens": 512}
+    settings = {"api": "chat", "temperature": 0.0, "seed": None, "body": {}}
     records = (
         {"id": f"esnli-train-{i}", "sample": 0, "prompt_sha256": prompt,
          "input_sha256": hashlib.sha256("\n".join(pair).encode()).hexdigest(), "model": "m",
