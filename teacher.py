@@ -672,7 +672,7 @@ class Client:
 
     def settle(self, job: Job, error: str, fields: dict) -> None:
         """Logs an answer, or a final failure with its words. Many failures in a row stop the run:
-        FIRST before its first answer, and GIVE_UP and one for each worker after it."""
+        FIRST before the log's first answer, GIVE_UP and one for each worker after it."""
         self.write(job, fields | ({"error": error} if error else {}))
         if error:
             self.failed += 1
@@ -682,7 +682,7 @@ class Client:
             self.ever, self.answered, self.failures = True, time.monotonic(), 0
         self.bar.set_postfix(failed=self.failed, tokens=self.tokens, refresh=False)
         self.bar.update()
-        if self.failures >= (GIVE_UP + self.args.concurrency if self.answered else FIRST):
+        if self.failures >= (GIVE_UP + self.args.concurrency if self.ever else FIRST):
             self.stop(f"{self.failures} failures in a row, the last: {error}")
 
     def write(self, job: Job, fields: dict) -> None:
@@ -754,8 +754,10 @@ def check_key(base: str) -> str:
     """Returns the key of the environment, "" for none; UserError for a bad one, or for none where
     OpenAI needs one."""
     key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-    if not re.fullmatch(r"[!-~]*", key) or (not key and base == OPENAI):
-        raise UserError("OPENAI_API_KEY must be a key, without spaces; or give --base-url")
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError("OPENAI_API_KEY holds a space or another character that no key has")
+    if not key and base == OPENAI:
+        raise UserError("OPENAI_API_KEY is not set and OpenAI needs one; or give --base-url")
     return key
 
 
@@ -863,7 +865,7 @@ def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answer
         if record["input_sha256"] != inputs.get(id):
             other = f"another input than in this split of {name}; if the data changed"
             raise UserError(f"{path}:{number}: {id!r} stands for {other}, give another --out")
-        cost.update({key: (record["usage"] or {}).get(key, 0) for key in TOKENS})
+        cost.update({key: (record["usage"] or {}).get(key) or 0 for key in TOKENS})
         if ending_of(finish) == "unknown":
             endings[str(finish)] += 1
         if record.get("final", True):
@@ -887,7 +889,8 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
         answers, facts = read_answers(path, args.dataset, examples)
         client = Client(args, prompt, file, facts)
         if client.ever:
-            before, now = facts | facts["settings"], client.asked | client.settings
+            before = {"body": {}} | facts | facts["settings"]
+            now = client.asked | client.settings
             changed = [f"{k} {before[k]} there, {v} here" for k, v in now.items() if before[k] != v]
             if changed:
                 raise UserError(f"{path} has answers to {'; '.join(changed)}; give another --out")
