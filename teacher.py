@@ -333,10 +333,12 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
         return "again" if reply.broken else "unreadable", words, fields
     ending, error = ending_of(choice.get("finish_reason")), choice.get("error") or error
     words = f"an answer that ended in {choice.get('finish_reason')!r}"
+    if reason := said(error or reply.broken or fields["refusal"]):
+        words += f"; {reason}"
     if error or reply.broken or ending == "unknown":
-        return "again", f"{words}; {said(error or reply.broken)}", fields
+        return "again", words, fields
     if fields["refusal"] or ending == "filtered":
-        return "failed", f"{words}; {said(fields['refusal'])}", fields
+        return "failed", words, fields
     if ending == "whole" and not (fields["completion"] + fields["reasoning"]).strip():
         return "again", "an answer without content", fields
     return "answer", "", fields
@@ -917,11 +919,11 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
 
 def show(report: dict) -> None:
     """Prints the report: its numbers in one line, then each table, then the accuracy."""
-    numbers = [f"{key} {value:,}" for key, value in report.items() if type(value) is int]
-    print(", ".join(numbers).replace("_", " "))
-    for name in ("label_counts", "unknown_endings", "cost"):
-        if report.get(name):
-            print(f"{name.replace('_', ' ')}: {report[name]}")
+    tables = {"report": {key: value for key, value in report.items() if type(value) is int}}
+    tables |= {key: report.get(key) for key in ("label_counts", "unknown_endings", "cost")}
+    for name, table in tables.items():
+        if table:
+            print(f"{name}: {', '.join(f'{key} {value:,}' for key, value in table.items())}")
     if report["accuracy"] is not None:
         right = f"{report['correct']:,} of {report['scored']:,}"
         print(f"accuracy {report['accuracy']:.4f} ({right}, human labels)")
