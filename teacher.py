@@ -333,8 +333,8 @@ def judge(reply: Reply, body: dict) -> tuple[str, str, dict]:
         return "again" if reply.broken else "unreadable", words, fields
     ending, error = ending_of(choice.get("finish_reason")), choice.get("error") or error
     words = f"an answer that ended in {choice.get('finish_reason')!r}"
-    if reason := said(error or reply.broken or fields["refusal"]):
-        words += f"; {reason}"
+    reason = said(error or reply.broken or fields["refusal"])
+    words += f"; {reason}" if reason else ""
     if error or reply.broken or ending == "unknown":
         return "again", words, fields
     if fields["refusal"] or ending == "filtered":
@@ -585,7 +585,7 @@ class Client:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.note))
             while self.flying or ((jobs or self.waiting) and not self.reason):
-                while job := self.next_job(jobs):
+                for job in iter(lambda: self.next_job(jobs), None):
                     body = self.request(job)
                     job.sent = time.monotonic()
                     future = pool.submit(self.post, body)

@@ -563,7 +563,10 @@ def reproduce(args: argparse.Namespace) -> int:
     name = args.name + "-quick" * args.quick
     failed, stopped = {}, False
     try:  # again and again, for what the search of figures 8 and 9 adds
-        while todo := [r for r in runs.all() if not r.finished and r.out not in failed]:
+        while True:
+            todo = [r for r in runs.all() if not r.finished and r.out not in failed]
+            if not todo:
+                break
             failed |= work(todo, args.workers, tables.RESULTS / name / "logs")
     except KeyboardInterrupt:
         stopped = True
