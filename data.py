@@ -286,8 +286,13 @@ def _read_task_file(path: Path, task: Task) -> dict:
     labels where it has them. UserError where it has another form."""
     try:
         facts = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(facts, dict):
+            raise ValueError("not a JSON object")
         marker = _text("marker", facts.get("marker", task.marker))
-        fields = {"scorer": facts.get("scorer", task.scorer), "marker": marker}
+        fields = {
+            "scorer": facts.get("scorer", task.scorer),
+            "marker": marker and " ".join(marker.split()),
+        }
         if "labels" in facts:
             labels = typed("labels", facts["labels"], list, type(None))
             fields["labels"] = labels and tuple(_text("label", label) for label in labels)
@@ -432,10 +437,11 @@ def read_records(
     another form, that is said, with the command that converts it.
     """
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            value = json.loads(line)
+            text = line if isinstance(line, str) else line.decode("utf-8-sig")
+            if not text.strip():
+                continue
+            value = json.loads(text)
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
             yield number, make(value)
@@ -462,7 +468,7 @@ def other_form(path: Path | str, content: bytes, csv: bool = False) -> str:
     try:
         text = content.decode(encoding).strip()
     except UnicodeDecodeError:
-        encoding = "latin-1"
+        encoding = "latin-1" if encoding.startswith("UTF-8") else encoding
     if not encoding.startswith("UTF-8"):
         known = re.sub("-(?=1$|[LB]E$)", "", encoding)  # iconv's name: latin1, UTF-16LE
         return f"not UTF-8; it looks like {encoding}: `iconv -f {known} -t UTF-8 {name} > new`"
@@ -498,9 +504,10 @@ def read_example(task: Task, record: dict, rationales: Rationales = None) -> Exa
     parts = input if isinstance(input, tuple) and len(input) == 2 else (input,)
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"input {input!r} is neither a text nor a list of two")
-    "".join(parts).encode()  # ValueError for half of a surrogate pair
+    id = typed("id", id, str, type(None))
+    "".join([id or "", *parts]).encode()  # ValueError for half of a surrogate pair
     known = _text("label", label)
-    example = Example(typed("id", id, str, type(None)), input, known and label)
+    example = Example(id, input, known and label)
     if task.read is None and rationales is None:
         _add_answer(example, record)
     elif rationales == "human":
@@ -631,7 +638,7 @@ COMPUTES = (
 )
 # At most four other words after a number are its unit.
 UNIT = rf"(?!(?:{COMPUTES})(?![^\W\d_]))[^\W\d_]+"
-UNITS = re.compile(rf"(?<=[\d)])\s*°?{UNIT}(?:(?:\s+|[/'’-]){UNIT}){{0,3}}(?![^\W_])")
+UNITS = re.compile(rf"(?<=[\d)])\s*°?{UNIT}(?:(?:\s+|[/'’-]){UNIT}){{0,3}}(?![^\W_]|\.\d)")
 
 
 def parse_completion(

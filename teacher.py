@@ -59,7 +59,7 @@ HERE = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
 STOP = ["\nQ:"]  # completions run on into invented questions
 BACKOFF, LONGEST = 0.5, 60.0  # seconds before the first retry, and at most; doubled in between
-FIRST = 5  # failed examples, before the first answer, that stop the run
+FIRST = 5  # examples that fail with the same words, before the first answer, that stop the run
 GIVE_UP = 20  # failed examples in a row after it, and one more for each worker, that stop the run
 UNREADABLE = 3  # unreadable replies, before the first answer, that stop the run
 MAX_BODY = 1 << 26  # bytes
@@ -144,9 +144,9 @@ def read_prompt(name: str, shots: int | None = None) -> Prompt:
         asked = f" Write the explanation in your answer.{labels} Think step by step, then end in "
         prompt = replace(prompt, instruction=f"{prompt.instruction}{asked}this form: {form}")
     elif n < (shots or 1):
-        raise UserError(
-            f"--shots {shots or 1}: {path} holds {n} demonstrations, allowed: --shots 0 to {n}"
-        )
+        wanted = "one or more" if shots is None else shots
+        allowed = f"allowed: --shots 0 to {n}"
+        raise UserError(f"--shots {wanted}: {path} holds {n} demonstrations; {allowed}")
     return replace(prompt, shots=prompt.shots[:shots])
 
 
@@ -165,12 +165,15 @@ def _parse_prompt(task: Task, path: Path, form: str) -> Prompt:
         raise UserError(f"{path}: {error}; {hint}") from None
     head, *demonstrations = re.split(r"^Q:", text, flags=re.MULTILINE)
     line, shots = 1 + head.count("\n"), []
+    if re.search("^A:", head, re.MULTILINE):
+        raise UserError(f"{path}: 'A:' before the first 'Q:'; add that, or use --shots 0")
     for demonstration in demonstrations:
         question, _, answer = (part.strip() for part in demonstration.partition("\nA:"))
         rationale, label = parse_completion(task, answer, released=False) or ("", "")
         allowed = not_allowed(task, question, label) if label else ""
-        # Text after a blank line would not be read back: it is a comment, or a forgotten "Q:".
-        if allowed or not question or not rationale or data.BLANK_LINE.search(answer):
+        # A blank line, "A:" or "#" in an answer: a "Q:" is missing, or a comment is not at the top.
+        stray = re.search(r"^\s*$|^A:|^#", answer, re.MULTILINE)
+        if allowed or not question or not rationale or stray:
             raise UserError(
                 f"{path}:{line}: {demonstration[-60:]!r} is no demonstration: 'Q: ' and an input, "
                 f"then 'A: ' and a rationale ending in {form!r}, then a blank line"
@@ -185,20 +188,22 @@ def _parse_prompt(task: Task, path: Path, form: str) -> Prompt:
 
 # ---- The raw log ---------------------------------------------------------------------------------
 
-FIELDS = {"id", "sample", "input_sha256", "model", "prompt_sha256", "settings", "completion"}
-FIELDS |= {"usage", "attempts"}  # the keys of a record that are read again
+# The keys of a record that are read again, with their types.
+FIELDS = {"id": str, "sample": int, "input_sha256": str, "model": str, "prompt_sha256": str}
+FIELDS |= {"settings": dict, "completion": str | None, "usage": dict | None, "attempts": int}
 
 
 def read_log(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, record) of each line of a log. It skips a line that is no JSON, as a
-    crash leaves one. UserError for JSON that is no record."""
+    """Yields (line number, record) of each line of a log. It skips the start of a line, which a
+    crash left. UserError for anything else."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             record = read_json(line.decode("utf-8", "replace"))
-            if record is None:
-                say(f"{path}:{number}: a torn line of {len(line)} bytes is skipped")
-            elif isinstance(record, dict) and record.keys() >= FIELDS:
+            known = record if isinstance(record, dict) else {}
+            if all(isinstance(known.get(key), kind) for key, kind in FIELDS.items()):
                 yield number, record
+            elif record is None and line.strip() and b'{"id": "'.startswith(line.strip()[:8]):
+                say(f"{path}:{number}: a torn line of {len(line)} bytes is skipped")
             else:
                 hint = "correct or remove it, or give another --out"
                 raise UserError(f"{path}:{number}: no line of a raw log: {line[:80]!r}; {hint}")
@@ -246,17 +251,19 @@ def read_answer(name: str | Task, record: dict) -> Answer:
     return Answer("truncated" if cut else "answered", rationale, found[1])
 
 
-def vote(name: str | Task, answers: list[Answer]) -> Answer:
+def vote(name: str | Task, example: Example, answers: list[Answer]) -> Answer:
     """Returns the answer with the majority's label; of several, the first, for its rationale
     (self-consistency, Wang et al., 2022).
 
-    Equations of one value are one label. Only whole answers vote, if there are any. Of equally
-    many votes, the first answer's label counts.
+    Equations of one value are one label. Whole answers vote, if there are any, and of these those
+    with an allowed label, if there are any. Of equally many votes, the first answer's label counts.
     """
+    task = get_task(name)
     votes = [a for a in answers if a.state == "answered"]
+    votes = [a for a in votes if not not_allowed(task, example.input, a.label)] or votes
     if not votes:
         return max(answers, key=lambda a: bool(a.label))
-    arithmetic = get_task(name).scorer == "arithmetic"
+    arithmetic = task.scorer == "arithmetic"
     values = [data.evaluate_arithmetic(a.label) if arithmetic else a.label for a in votes]
     return votes[values.index(Counter(values).most_common(1)[0][0])]
 
@@ -273,7 +280,7 @@ def derive(name: str, examples: list[Example], answers: Answers, keep: str) -> t
         some = answers.get(example.id)
         if not some:
             continue
-        chosen = vote(task, [some[sample] for sample in sorted(some)])
+        chosen = vote(task, example, [some[sample] for sample in sorted(some)])
         whole, human = chosen.state == "answered", example.label
         right = whole and human is not None and data.is_correct(task, chosen.label, human)
         n.update(answer.state for answer in some.values())
@@ -519,11 +526,16 @@ class Client:
         self.place = f" ({self.url}{f' through the proxy {proxy}' if proxy else ''})"
         # One TLS context for all requests: urllib loads the certificates again for each by default.
         context = ssl.create_default_context() if base.startswith("https") else None
-        http, https = urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(context=context)
+        handlers = (
+            urllib.request.ProxyHandler(proxies),
+            urllib.request.HTTPHandler(),
+            urllib.request.HTTPSHandler(context=context),
+            urllib.request.UnknownHandler(),  # such as a SOCKS proxy
+        )
         # With these handlers alone, errors are replies like others, and no redirect is followed: a
         # redirected POST becomes a GET, and takes the key to another host.
         self.opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler(proxies), http, https):
+        for handler in handlers:
             self.opener.add_handler(handler)
         self.asked = {"model": args.model, "prompt_sha256": prompt.sha256}
         self.settings = {name: getattr(args, name) for name in ("api", "temperature", "seed")}
@@ -533,7 +545,7 @@ class Client:
         self.ever = facts["settings"] is not None  # whether the log holds an answer
         self.tokens = facts["cost"]["total_tokens"]
         self.answered = 0.0  # the time of this run's last answer
-        self.failures = 0  # since then, one after the other
+        self.failures: list[str] = []  # since then, their words without numbers
         self.failed = self.unreadable = 0
         self.shown: set[str] = set()  # what say_once said
         self.flying: dict[Future, tuple[Job, dict]] = {}
@@ -623,7 +635,10 @@ class Client:
         """Logs what was paid for, then does what the reply means: settles the job, asks it again
         later, or stops the run."""
         job.attempts += 1
-        what, words, fields = judge(reply, body)
+        try:
+            what, words, fields = judge(reply, body)
+        except RecursionError:  # JSON that is nested too deeply is read as no JSON
+            what, words, fields = judge(reply._replace(text=reply.text[:80]), body)
         words += self.place if words else ""
         if what == "unreachable":  # a server that has answered may come back
             what = "again" if self.answered else "stop"
@@ -674,18 +689,20 @@ class Client:
 
     def settle(self, job: Job, error: str, fields: dict) -> None:
         """Logs an answer, or a final failure with its words. Many failures in a row stop the run:
-        FIRST before the log's first answer, GIVE_UP and one for each worker after it."""
+        FIRST with the same words before the log's first answer, else GIVE_UP and one for each
+        worker."""
         self.write(job, fields | ({"error": error} if error else {}))
         if error:
             self.failed += 1
-            self.failures += 1
+            self.failures.append(re.sub(r"\d+", "N", error))
             self.say_once(f"{error}; {job.example.id!r} is left out")
         else:
-            self.ever, self.answered, self.failures = True, time.monotonic(), 0
+            self.ever, self.answered, self.failures = True, time.monotonic(), []
         self.bar.set_postfix(failed=self.failed, tokens=self.tokens, refresh=False)
         self.bar.update()
-        if self.failures >= (GIVE_UP + self.args.concurrency if self.ever else FIRST):
-            self.stop(f"{self.failures} failures in a row, the last: {error}")
+        n, alike = len(self.failures), len(set(self.failures)) == 1
+        if n >= GIVE_UP + self.args.concurrency or (n >= FIRST and alike and not self.ever):
+            self.stop(f"{n} failures in a row, the last: {error}")
 
     def write(self, job: Job, fields: dict) -> None:
         """Appends a line to the log and counts what it cost. OSError: the disk is full.
@@ -710,7 +727,7 @@ class Client:
         whether it does. With several requests in flight each comes here, and the user is told
         once."""
         key, named = error.get("param"), ("unsupported_parameter", "unsupported_value")
-        if error.get("code") not in named or key not in body.keys() - set(INPUTS):
+        if error.get("code") not in named or key not in [*(body.keys() - set(INPUTS))]:
             return False
         if key == "max_tokens":
             self.body.setdefault("max_completion_tokens", body[key])
@@ -845,10 +862,14 @@ def check(args: argparse.Namespace) -> None:
     args.body = body
     if args.temperature is None:
         args.temperature = 0.7 if args.samples > 1 else 0.0
+    if args.samples > 1 and args.temperature == 0:
+        same = f"--samples {args.samples} would be the same at --temperature 0"
+        raise UserError(f"{same}; allowed: above 0, such as 0.7")
     if not (args.model or args.parse_only or args.completions):
         raise UserError("--model is missing; give the name that the server knows")
-    if not (args.out or args.completions):
-        args.out = f"teacher/{Path(args.dataset).name}.{args.split}"
+    if args.out or not args.completions:
+        args.out = args.out or f"teacher/{Path(args.dataset).name}.{args.split}"
+        args.out = re.sub(r"(\.raw)?\.jsonl$", "", args.out)
 
 
 def read_answers(path: Path, name: str, examples: list[Example]) -> tuple[Answers, dict]:
@@ -892,8 +913,11 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
         client = Client(args, prompt, file, facts)
         if client.ever:
             before = {"body": {}} | facts | facts["settings"]
+            before["body"] = {k: v for k, v in before["body"].items() if k not in LIMITS}
             now = client.asked | client.settings
-            changed = [f"{k} {before[k]} there, {v} here" for k, v in now.items() if before[k] != v]
+            changed = [
+                f"{k} {before.get(k)} there, {v} here" for k, v in now.items() if before.get(k) != v
+            ]
             if changed:
                 raise UserError(f"{path} has answers to {'; '.join(changed)}; give another --out")
         with open(path, "rb") as log:
@@ -923,7 +947,9 @@ def show(report: dict) -> None:
     tables |= {key: report.get(key) for key in ("label_counts", "unknown_endings", "cost")}
     for name, table in tables.items():
         if table:
-            print(f"{name}: {', '.join(f'{key} {value:,}' for key, value in table.items())}")
+            # A server's or a model's own words: no control characters for the terminal.
+            words = [f"{repr(key)[1:-1]} {value:,}" for key, value in table.items()]
+            print(f"{name}: {', '.join(words)}")
     if report["accuracy"] is not None:
         right = f"{report['correct']:,} of {report['scored']:,}"
         print(f"accuracy {report['accuracy']:.4f} ({right}, human labels)")

@@ -310,6 +310,11 @@ class Runs:
             except UserError as error:
                 words = str(error).replace("give another --out", "move the folder away")
                 problems |= dict.fromkeys(words.split("; and "))
+        for s in self.scales if {*self.parts} & {*WITH_TEACHER} else ():
+            try:
+                teacher_row(s.teacher, self.given["data_root"])
+            except UserError as error:
+                problems[str(error)] = None
         return [*problems]
 
 
@@ -508,8 +513,12 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--size: {args.name} is for one; several are for {', '.join(BY_SIZE)}")
     if len(teachers) > 1 and args.name not in ("table1", "demo"):
         raise UserError(f"--rationales: {args.name} is for one; several are for table1, demo")
+    small = {*sizes} & {*SHAPES}
+    if small and args.name != "demo" and args.datasets != ["demo"]:
+        raise UserError(f"--size {' '.join(small)}: these are for --dataset demo")
     weights = getattr(args, "weights", "random")
-    if weights != "random" and (len(sizes) != 1 or sizes[0] in SHAPES):
+    several = args.name in BY_SIZE and len(sizes) != 1
+    if weights != "random" and (several or small):
         raise UserError(f"--weights {weights}: not for several sizes; name its --size")
 
 

@@ -508,7 +508,8 @@ WHOLE = {
 }  # fmt: skip
 PARTS = ["7 or 8", "7 - y", "2(3 + 4)", "7^2", "7**2", "2 ** -1", "7 = 8", "(1 + 2) and (3)",
          "2 million", "4 + 3 less two", "9x", "1,23", "7 1/2", "50 * 20%", "(7", "7\n+ 2",
-         "3 dozen", "7, 8", "about 7", "7 (not 8)", "3 *-4* -5 y", "7²", "2x - 3"]  # fmt: skip
+         "3 dozen", "7, 8", "about 7", "7 (not 8)", "3 *-4* -5 y", "7²", "2x - 3",
+         "5 boxes.2 left"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", [*WHOLE, *PARTS])

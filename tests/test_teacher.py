@@ -152,6 +152,7 @@ GOOD = "Q: one?\nA: Leaves. So the answer is red.\n"
 @pytest.mark.parametrize("text, line", [
     (GOOD + "\nQ: two?\n", 4),
     (GOOD + "\nloose text\n", 1),
+    (GOOD + "A: again\n", 1),
     (GOOD + "\n# no comment down here\n" + GOOD, 1),
     ("# c\n\n\nQ: one?\nmore?\nA: no answer\n", 4),
     (GOOD + "\nQ: two?\nA: So the answer is red.\n", 4),  # no rationale
@@ -412,6 +413,14 @@ def test_five_equal_failures_stop(room, status):
     assert len(server.seen) == (5 if status == 200 else 10) and room.report()["failed"] == 5
 
 
+def test_different_failures_at_the_start_do_not_stop(room):
+    endings = ("content_filter", "SAFETY", "RECITATION", "BLOCKLIST", "SPII", "refusal")
+    first = {question(i): completion(True, "", ending) for i, ending in enumerate(endings)}
+    with Server(lambda ask: (200, {}, first[ask.question]) if ask.question in first else None) as s:
+        room.ask(s, "--concurrency", 1, status=3)
+    assert room.report()["failed"] == 6 and len(final(room)) == 24
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_refused(room, monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key-0123456789")
@@ -453,6 +462,7 @@ def test_a_fault_is_tried_again(room, kind, api):
     (200, error("Provider returned error", code=502)), (200, "null"), (200, b"\xff\xfe"),
     (200, {"choices": None}), (200, {"choices": ["text"]}), (200, "[" * 100_000),
     (200, {"choices": [{"message": None}]}), (200, ""), (200, b"\x1f\x8b\x08broken"),
+    (200, '{"choices": [{"message": {"content": %s}}]}' % ("[" * 900 + "]" * 900)),
     (200, "data: {\"choices\": 5}\n\ndata: 7\n\n"), (200, "data: [DONE]\n\n"),
 ])  # fmt: skip
 def test_other_passing_faults(room, status, body):
@@ -803,13 +813,17 @@ def test_a_torn_last_line_is_skipped_and_never_truncated(room):
             assert room.report()["settled"] == 3
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", "7", '{"id": "c1"}', "no input"])
+@pytest.mark.parametrize("line", [
+    "garbage", "[]", "{}", "", "null", "\0" * 40, '{"id": "c1"}', "no input", "settings", "usage",
+    "attempts",
+])  # fmt: skip
 def test_a_malformed_line_is_told_with_its_place(room, line):
     with Server() as server:
         room.ask(server, "--limit", 3, "--concurrency", 1)
         first, record, last = room.raw.read_text().splitlines()
-        if line == "no input":
-            line = json.dumps(json.loads(record) | {"input_sha256": None})
+        change = {"no input": {"input_sha256": None}, "settings": {"settings": "chat"},
+                  "usage": {"usage": [7]}, "attempts": {"attempts": "1"}}.get(line)  # fmt: skip
+        line = json.dumps(json.loads(record) | change) if change else line
         room.raw.write_text(f"{first}\n{line}\n{last}\n")
         before = room.raw.read_bytes()
         for words in ((server,), (None, "--parse-only")):
@@ -867,6 +881,8 @@ def test_samples(room):
     says = {5: "Red? So the answer is red.", 6: "One. So the answer is blue.",
             7: "Two. So the answer is blue."}  # fmt: skip
     with Server(lambda ask: (200, {}, completion(True, says[ask.body["seed"]]))) as server:
+        assert "--temperature 0" in room.ask(
+            server, "--samples", 3, "--temperature", 0, status=2).err  # fmt: skip
         room.ask(server, "--samples", 3, "--seed", 5, "--limit", 4)
     assert Counter(ask.body["seed"] for ask in server.seen) == {5: 4, 6: 4, 7: 4}
     assert {ask.body["temperature"] for ask in server.seen} == {0.7}
@@ -879,7 +895,7 @@ def test_samples(room):
 
 
 @pytest.mark.parametrize("answers, chosen", [
-    ("red blue blue", 1), ("red blue", 0), ("pink", 0),
+    ("red blue blue", 1), ("red blue", 0), ("pink pink red", 2), ("pink", 0),
     ("-truncated blue", 1), ("-failed -unparsed red", 2),
     ("(3*4) (3+4) (4+3)", 1),  # equations of one value are one label
 ])  # fmt: skip
@@ -887,7 +903,8 @@ def test_the_majority(room, answers, chosen):
     answers = [teacher.Answer(word[1:]) if word[0] == "-" else
                teacher.Answer("answered", "", word) for word in answers.split()]  # fmt: skip
     name = "svamp" if "(" in str(answers[0].label) else str(room.folder)
-    assert teacher.vote(name, answers) is answers[chosen]
+    example = load_dataset(str(room.folder), "train")[0]
+    assert teacher.vote(name, example, answers) is answers[chosen]
 
 
 def test_a_ceiling_of_tokens(room):
