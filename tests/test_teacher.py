@@ -549,8 +549,8 @@ def test_a_useless_retry_after(room, value):
 ])  # fmt: skip
 def test_an_endless_retry_after_can_be_stopped(room, value):
     with Server(lambda ask: (429, {"Retry-After": value}, "")) as server:
-        process = room.start(server, "--concurrency", 2)
-        wait_until(lambda: server.seen)
+        process = room.start(server, "--concurrency", 2, "--timeout", 5)
+        wait_until(lambda: len(server.seen) == 2)  # both workers ask, so signals are handled
         time.sleep(0.3)
         assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGINT)
