@@ -945,6 +945,8 @@ def show(report: dict) -> None:
     """Prints the report: its numbers in one line, then each table, then the accuracy."""
     tables = {"report": {key: value for key, value in report.items() if type(value) is int}}
     tables |= {key: report.get(key) for key in ("label_counts", "unknown_endings", "cost")}
+    if len(report["label_counts"]) > 10:  # free text, or equations
+        del tables["label_counts"]
     for name, table in tables.items():
         if table:
             # A server's or a model's own words: no control characters for the terminal.
