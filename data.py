@@ -668,6 +668,7 @@ def parse_completion(
             found = _rationale(text[: match.start()]), label
             # Blank lines may divide a rationale, but after an answer they start something new.
             end = LINE.match(text, match.end()).end()
+            # A marker beyond the cut is still found, and has no answer after it.
             text = text[:end] + BLANK_LINE.split(text[end:], maxsplit=1)[0]
     return found
 

@@ -376,9 +376,9 @@ def read_json(text: str) -> Any:
 def read_body(text: str) -> Any:
     """Returns the JSON of a body; None for a body in no known form.
 
-    It joins the pieces of a stream (`data:` lines, which some gateways send although nobody asked
-    for them) to one answer. Usage comes with the last event. A stream without `[DONE]` and without
-    a finish_reason was cut off: it gets an ending that ENDINGS lacks.
+    Some gateways stream the answer although the request does not ask for it: this function joins
+    the `data:` lines to one answer. The last event has the usage. A stream without `[DONE]` and
+    without a finish_reason was cut off: it gets an ending that ENDINGS lacks.
     """
     lines = [line[5:].strip() for line in text.split("\n") if line.startswith("data:")]
     if not lines:
@@ -539,7 +539,7 @@ class Client:
             self.opener.add_handler(handler)
         self.asked = {"model": args.model, "prompt_sha256": prompt.sha256}
         self.settings = {name: getattr(args, name) for name in ("api", "temperature", "seed")}
-        self.settings["body"] = {k: v for k, v in args.body.items() if k not in LIMITS}
+        self.settings["body"] = without_limits(args.body)
         # What is merged into every request. A key that the server refuses becomes null.
         self.body = {"max_tokens": args.max_tokens} | args.body
         self.ever = facts["settings"] is not None  # whether the log holds an answer
@@ -727,7 +727,8 @@ class Client:
         whether it does. With several requests in flight each comes here, and the user is told
         once."""
         key, named = error.get("param"), ("unsupported_parameter", "unsupported_value")
-        if error.get("code") not in named or key not in [*(body.keys() - set(INPUTS))]:
+        sent = isinstance(key, str) and key in body.keys() - set(INPUTS)
+        if error.get("code") not in named or not sent:
             return False
         if key == "max_tokens":
             self.body.setdefault("max_completion_tokens", body[key])
@@ -756,6 +757,12 @@ class Client:
         unless the log holds an answer."""
         if not self.reason:
             self.reason, self.fatal = reason, fatal
+
+
+def without_limits(body: dict) -> dict:
+    """Returns the part of --body that a log's answers must agree in: cut answers are asked for
+    again with a higher limit."""
+    return {key: value for key, value in body.items() if key not in LIMITS}
 
 
 def check_url(url: str) -> str:
@@ -913,7 +920,7 @@ def annotate(args: argparse.Namespace, examples: list[Example], path: Path) -> s
         client = Client(args, prompt, file, facts)
         if client.ever:
             before = {"body": {}} | facts | facts["settings"]
-            before["body"] = {k: v for k, v in before["body"].items() if k not in LIMITS}
+            before["body"] = without_limits(before["body"])
             now = client.asked | client.settings
             changed = [
                 f"{k} {before.get(k)} there, {v} here" for k, v in now.items() if before.get(k) != v

@@ -247,7 +247,7 @@ class Run:
         return json.loads((self.out / "result.json").read_text())
 
     def accuracy(self) -> float:
-        """On test; on valid where there is no test split."""
+        """Returns the accuracy on test; on valid where there is no test split."""
         got = self.result()
         return got["valid_accuracy"] if got["test_accuracy"] is None else got["test_accuracy"]
 
@@ -275,6 +275,8 @@ class Runs:
         self.found: dict[Point, list[Run]] = {}
         points = [grid("headline", s, self.score) for s in self.scales if "headline" in self.parts]
         self.headline = {*chain.from_iterable(points)}
+        with_teacher = {*self.parts} & {*WITH_TEACHER}
+        self.teachers = [s.teacher for s in self.scales if with_teacher]
 
     def grids(self) -> dict[tuple[str, str], list[Point]]:
         """The points by figure or table and data set; with those that a search has come to."""
@@ -310,9 +312,9 @@ class Runs:
             except UserError as error:
                 words = str(error).replace("give another --out", "move the folder away")
                 problems |= dict.fromkeys(words.split("; and "))
-        for s in self.scales if {*self.parts} & {*WITH_TEACHER} else ():
+        for teacher in self.teachers:
             try:
-                teacher_row(s.teacher, self.given["data_root"])
+                teacher_row(teacher, self.given["data_root"])
             except UserError as error:
                 problems[str(error)] = None
         return [*problems]
@@ -418,7 +420,7 @@ def side_by_side(runs: list[Run], places: list[list[str]], logs: Path) -> dict[P
 
 @functools.cache
 def n_examples(dataset: str, root: str) -> int:
-    """Of the whole training split."""
+    """Returns the size of the whole training split."""
     return len(data.load_dataset(dataset, "train", root))
 
 
@@ -553,6 +555,7 @@ def describe(runs: Runs) -> None:
 
 
 def count(runs: list[Run]) -> str:
+    """Says how many runs there are, and how many are finished."""
     return f"{len(runs)} runs, {sum(run.finished for run in runs)} finished"
 
 
@@ -582,8 +585,8 @@ def reproduce(args: argparse.Namespace) -> int:
     every = runs.all()
     rows = [row_of(run) for run in every if run.finished]
     left = [f"{r.out}: {failed.get(r.out, 'not finished')}" for r in every if not r.finished]
-    if rows and args.name in BY_SIZE:
-        teachers = [teacher_row(s.teacher, runs.given["data_root"]) for s in runs.scales]
+    if rows:
+        teachers = [teacher_row(teacher, runs.given["data_root"]) for teacher in runs.teachers]
         rows += [row for row in teachers if row]
     folder = tables.write_results(name, runs.grids(), rows, left)
     finished = len(every) - len(left)
