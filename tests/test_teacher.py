@@ -931,6 +931,14 @@ def scripted(ask):
         return 200, {}, completion(True, text, "length" if i == 17 else "stop")
 
 
+def test_a_failure_replaces_no_answer(room):
+    with Server(lambda ask: (200, {}, completion(True, "Who knows?"))) as server:
+        room.ask(server, "--limit", 2)
+        server.reply = lambda ask: (200, {}, completion(True, "", "SAFETY"))
+        room.ask(server, "--limit", 2, "--retry", "unparsed")
+    assert len(room.log()) == 4 and room.report()["unparsed"] == 2
+
+
 def test_the_report_and_what_is_kept_and_asked_again(room):
     with Server(scripted) as server:
         said = room.ask(server, status=3).out

@@ -167,6 +167,7 @@ def test_smaller_fractions_are_contained_in_larger_ones(small_task):
 
     every = [ids(f) for f in (0.1, 0.25, 0.5, 1.0)]
     assert [len(part) for part in every] == [2, 6, 12, 24]
+    assert every[-1] == [e.id for e in load_dataset(str(small_task), "train")], "the file's order"
     for small, large in zip(every, every[1:]):
         assert set(small) < set(large)
         assert small == [id for id in large if id in small]
